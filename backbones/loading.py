@@ -1,0 +1,118 @@
+"""A backbone in hand: the stock model, its processor, and where it came from.
+
+`load_backbone` goes through `from_pretrained` alone, so any checkpoint in the published format loads; the
+insert layer is read from `config.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from .families import find_stack, placeholder_token_ids
+from .insertion import deep_insert, insert_at, insert_layer_of
+
+TINY = Path(__file__).parent / "tiny"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A multimodal language model with a variable insert layer, and its processor.
+
+    `name` is what was asked for: a folder, a hub id or "tiny".
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    name: str
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_layers(self) -> int:
+        """N, the number of decoder layers."""
+        return len(find_stack(self.model).layers)
+
+    @property
+    def insert_layer(self) -> int:
+        """The insert layer in force outside `insert_at`."""
+        return insert_layer_of(self.model)
+
+    @cached_property
+    def placeholder_ids(self) -> frozenset[int]:
+        """Token ids whose positions an encoder's features fill."""
+        return placeholder_token_ids(self.model.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of configuration and weights: equal for equal models, whatever folder they lie in."""
+        return fingerprint(self.model)
+
+    @contextmanager
+    def insert_at(self, insert_layer: int | Sequence[int]) -> Iterator[Backbone]:
+        """Another insert layer for a while: one for the batch, or one per row."""
+        with insert_at(self.model, insert_layer):
+            yield self
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes weights (safetensors), `config.json` with the insert layer, and the processor."""
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+
+
+def load_backbone(
+    source: str | Path = "tiny",
+    *,
+    insert_layer: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    **from_pretrained: Any,
+) -> Backbone:
+    """Load a model with its processor and make its insert layer variable.
+
+    `source` is a folder, a hub id, or "tiny" for the backbone that comes with the package. `insert_layer`
+    defaults to the one in `config.json`, else 0. `dtype` "auto" means float32 on a CPU and the checkpoint's
+    own precision elsewhere. Further arguments reach `from_pretrained`. The model is in eval mode.
+
+    Raises `OSError` where there is no such model and `UnsupportedModelError` where it cannot be used.
+    """
+    path = TINY if str(source) == "tiny" else source
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForMultimodalLM.from_pretrained(path, config=config, dtype=dtype, **from_pretrained)
+    processor = AutoProcessor.from_pretrained(path)
+    model = deep_insert(model.to(device).eval(), insert_layer)
+    return Backbone(model=model, processor=processor, name=str(source))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits over the names, shapes and a fixed sample of every weight's values.
+
+    At most 64 evenly spaced values of each tensor are read, in float32, so that a 7B model costs no more
+    than a small one; the insert layer does not enter.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step][:64].to("cpu", torch.float32)
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,178 @@
+"""Options of every command, as plain dataclasses.
+
+This module imports neither torch nor transformers, so that `deepinsert --help` answers at once.
+The same word means the same thing in every command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Insert layers named by `text`: `"all"` (0 to N-1), `"0-7"`, `"0,4,8"` or a mixture such as `"0-3,6"`.
+
+    Returns the layers in ascending order, each once. Raises `ValueError` naming the part that is not an
+    insert layer of a model with `num_layers` decoder layers.
+    """
+    if text.strip() == "all":
+        return tuple(range(num_layers))
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"--insert-layers {text!r}: {part!r} is neither a layer nor a range such as 0-7")
+        layers.update(range(int(first), int(last or first) + 1))
+    outside = [layer for layer in sorted(layers) if layer > num_layers]
+    if outside or not layers:
+        raise ValueError(
+            f"--insert-layers {text!r}: {outside or 'no layer'} is outside 0 to {num_layers}, "
+            f"the insert layers of a model with {num_layers} decoder layers"
+        )
+    return tuple(sorted(layers))
+
+
+def parse_share(text: str, option: str) -> float:
+    """A share in [0, 1] written as `"0.5%"` or `"0.005"`. Raises `ValueError` naming `option`."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = float("nan")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{option} {text!r}: give a share such as 0.5% or 0.005, between 0 and 1")
+    return share
+
+
+def parse_sources(text: str) -> tuple[str, ...] | None:
+    """`"coco,gqa"` as `("coco", "gqa")`; an empty text means every source and gives None."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) or None
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    out: Path
+    """Run folder; the same command again continues what it finds there."""
+    seed: int = 0
+    """Seed of every random choice."""
+
+
+@dataclass(kw_only=True)
+class BackboneOptions:
+    backbone: str = "tiny"
+    """Folder, hub id, or "tiny" for the model that comes with the package."""
+    device: str = "auto"
+    """"auto" takes a GPU where there is one; else a torch device such as cpu or cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; "auto" is float32 on a CPU, else the checkpoint's own."""
+    batch_size: int = 32
+    """Prompts per forward."""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    data: Path
+    """Instructions in LLaVA's JSON (such as llava_v1_5_mix665k.json)."""
+    image_root: Path | None = None
+    """Folder that image paths are relative to; by default the folder of the data file."""
+    sources: str = ""
+    """Sources to keep, by the first part of the image path: coco,textvqa,gqa ("text" has no image)."""
+    fraction: float = 1.0
+    """Share of the records to keep, drawn with the seed."""
+    max_bad: str = "0.5%"
+    """Share of records that may have a missing or broken image before the command stops."""
+
+
+@dataclass(kw_only=True)
+class SweepOptions(RunOptions, BackboneOptions, DataOptions):
+    """Loss and accuracy at every insert layer, without training (paper, Appendix C)."""
+
+    insert_layers: str = "all"
+    """Candidate layers: all, 0-7 or 0,4,8."""
+    accuracy: bool = True
+    """Also generate each answer and compare it with the reference."""
+
+
+@dataclass(kw_only=True)
+class TrainPolicyOptions(RunOptions, BackboneOptions, DataOptions):
+    """Learn which layer each prompt's multimodal tokens should enter at (SB3 PPO)."""
+
+    insert_layers: str = "all"
+    """Candidate layers: all, 0-7 or 0,4,8."""
+    skip_weight: float = 0.5
+    """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
+    bonus: Literal["depth", "flops"] = "depth"
+    """Skip bonus: depth L/N (paper) or the share of prefill FLOPs saved."""
+    held_out: float = 0.25
+    """Share of images kept for judging the policy."""
+    steps: int = 40_000
+    """Episodes that PPO plays; each is one prompt."""
+
+
+@dataclass(kw_only=True)
+class RecommendOptions(RunOptions, BackboneOptions):
+    """Ask a trained policy for an insert layer, for one prompt or for a data set."""
+
+    policy: Path
+    """Run folder of train-policy."""
+    prompt: str | None = None
+    """One question to recommend a layer for."""
+    image: Path | None = None
+    """Its image."""
+    data: Path | None = None
+    """Or: a data set in LLaVA's JSON."""
+    image_root: Path | None = None
+    """Folder that image paths are relative to; by default the folder of the data file."""
+    sources: str = ""
+    """Sources to keep, by the first part of the image path."""
+    fraction: float = 1.0
+    """Share of the records to keep, drawn with the seed."""
+    max_bad: str = "0.5%"
+    """Share of records that may have a missing or broken image before the command stops."""
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
+    """Finetune a variant whose multimodal tokens enter at a fixed layer."""
+
+    insert_layer: int = 0
+    """Insert layer of the variant; 0 finetunes the baseline."""
+    method: Literal["lora", "full"] = "lora"
+    """LoRA on the text model's linear layers, or every weight but the encoder's."""
+    steps: int = 200
+    """Optimiser steps."""
+    learning_rate: float | None = None
+    """By default 2e-4 for LoRA and 2e-5 for full (LLaVA-1.5)."""
+    lora_rank: int = 128
+    """Rank of LoRA's matrices; alpha is twice the rank (LLaVA-1.5)."""
+    gradient_accumulation: int = 1
+    """Batches per optimiser step."""
+    save_every: int = 100
+    """Optimiser steps between checkpoints that a killed run continues from."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
+    """Put variants beside the baseline: accuracy, loss, FLOPs, measured time, KV-cache bytes."""
+
+    variants: tuple[Path, ...] = ()
+    """Run folders of finetune, the baseline first; `--backbone` itself is used where none is given."""
+    max_new_tokens: int = 32
+    """Longest answer to generate."""
+    timing_repeats: int = 7
+    """Timed repeats of prefill and decode for each variant."""
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """The whole way on the embedded tiny backbone: data, sweep, policy, recommendation, finetune, evaluation."""
+
+    out: Path = Path("runs/demo")
+    """Run folder; each step writes a folder named after its command."""
+    seed: int = 0
+    """Seed of every random choice."""
+    skip_weight: float = 0.5
+    """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
+    quick: bool = False
+    """A much smaller run, to see that everything works."""
