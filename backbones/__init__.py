@@ -1,0 +1,19 @@
+"""DeepInsert on stock multimodal models: the variable-depth forward, its costs, and loading."""
+
+from .costs import CostModel, eq5_flops
+from .families import UnsupportedModelError
+from .insertion import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
+from .loading import Backbone, load_backbone
+
+__all__ = [
+    "Backbone",
+    "CostModel",
+    "UnsupportedModelError",
+    "deep_insert",
+    "eq5_flops",
+    "insert_at",
+    "insert_layer_of",
+    "load_backbone",
+    "remove_deep_insert",
+    "set_insert_layer",
+]

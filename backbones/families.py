@@ -1,0 +1,70 @@
+"""What differs between model families: where the decoder stack is, and which positions are multimodal.
+
+Generic rules find both on stock `transformers` models; what they cannot do is refused with the reason, so
+that no model ever runs silently at insert layer 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+PLACEHOLDER_NAMES = tuple(
+    f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
+)
+
+
+class UnsupportedModelError(ValueError):
+    """The model has no decoder stack that multimodal tokens could enter late, or one not handled yet."""
+
+
+def base_model_of(model: nn.Module) -> PreTrainedModel:
+    """The stock model itself, also where PEFT has wrapped it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model; give a PreTrainedModel or a PEFT model of one"
+        )
+    return inner
+
+
+def find_stack(model: nn.Module) -> Any:
+    """The module that owns the decoder layers of the text model, as `.layers`.
+
+    Raises `UnsupportedModelError` where there is none or where insertion has no meaning in it.
+    """
+    model = base_model_of(model)
+    name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder stacks are supported")
+    stack: Any = model.get_decoder()
+    while not isinstance(getattr(stack, "layers", None), nn.ModuleList):
+        inner = [getattr(stack, part, None) for part in ("model", "decoder", "language_model", "text_model")]
+        found = [module for module in inner if isinstance(module, nn.Module) and module is not stack]
+        if not found:
+            raise UnsupportedModelError(f"{name}: no list of decoder layers found; insert_layer has no meaning")
+        stack = found[0]
+    if any(hasattr(layer, "cross_attn") or hasattr(layer, "crossattention") for layer in stack.layers):
+        raise UnsupportedModelError(
+            f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
+        )
+    if "deepstack_visual_embeds" in inspect.signature(type(stack).forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
+        )
+    return stack
+
+
+def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
+    """The module whose `get_placeholder_mask` says where features are scattered; None where there is none."""
+    owners = [module for module in model.modules() if hasattr(type(module), "get_placeholder_mask")]
+    return owners[0] if owners else None
+
+
+def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
+    """Token ids that stand for multimodal tokens, by the names configurations use for them."""
+    found = (getattr(config, name, None) for name in PLACEHOLDER_NAMES)
+    return frozenset(token for token in found if isinstance(token, int) and token >= 0)

@@ -1,0 +1,401 @@
+"""DeepInsert on an unmodified `transformers` model: below layer L only text rows exist (paper, section 3).
+
+The stock forward computes everything at full length: embeddings, scattered features, positions, masks. Each
+decoder layer's call is then given the rows that are alive in it. At layer L the multimodal rows join as they
+were when they entered layer 0; after the last layer all rows are put back. No weight, no module and no class
+name changes, so `state_dict`, `generate`, Trainer and PEFT see the stock model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .cache import ShortLayer, short_layer, shorten
+from .families import (
+    UnsupportedModelError,
+    base_model_of,
+    find_placeholder_owner,
+    find_stack,
+    placeholder_token_ids,
+)
+from .masks import select_mask
+from .rows import Rows, rows_of
+
+CONFIG_KEY = "deepinsert"
+_ATTRIBUTE = "_deepinsert"
+
+InsertLayer = int | Sequence[int]
+
+
+def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
+    """Let multimodal tokens skip the first `insert_layer` decoder layers of `model`, in place.
+
+    `insert_layer` is 0 (the stock model) to N (they never enter); None takes the one in `model.config`, else
+    0. It is written to `model.config.deepinsert`, so `save_pretrained` keeps it. Returns `model`, whose class,
+    parameters and `state_dict` are unchanged; a PEFT model is changed through its base model.
+
+    Raises `UnsupportedModelError` for models without a decoder stack fed by an encoder's features, and
+    `ValueError` for a layer outside 0 to N.
+    """
+    base = base_model_of(model)
+    stack = find_stack(base)
+    if insert_layer is None:
+        insert_layer = (getattr(base.config, CONFIG_KEY, None) or {}).get("insert_layer", 0)
+    if not hasattr(stack, _ATTRIBUTE):
+        Insertion(base, stack).install()
+    set_insert_layer(base, insert_layer)
+    return model
+
+
+def remove_deep_insert(model: Any) -> Any:
+    """Make `model` stock again. Returns it; a model without an insert layer is returned as it is."""
+    base = base_model_of(model)
+    insertion = getattr(find_stack(base), _ATTRIBUTE, None)
+    if insertion is not None:
+        insertion.uninstall()
+    if hasattr(base.config, CONFIG_KEY):
+        delattr(base.config, CONFIG_KEY)
+    return model
+
+
+def set_insert_layer(model: Any, insert_layer: int) -> None:
+    """Make `insert_layer` the layer in force, and write it to `model.config`."""
+    insertion = _insertion(model)
+    insertion.check([insert_layer])
+    insertion.insert_layer = int(insert_layer)
+    setattr(base_model_of(model).config, CONFIG_KEY, {"insert_layer": int(insert_layer)})
+
+
+def insert_layer_of(model: Any) -> int:
+    """The insert layer in force outside `insert_at`."""
+    return _insertion(model).insert_layer
+
+
+@contextmanager
+def insert_at(
+    model: Any, insert_layer: InsertLayer, *, multimodal_mask: Tensor | None = None
+) -> Iterator[Any]:
+    """Another insert layer for a while, in this thread: an int, or a sequence with one layer per row.
+
+    A row that generation repeats (beams, several samples) takes its layer along. `multimodal_mask` (B, S)
+    bool says which positions are multimodal where the model cannot know, as with `inputs_embeds` alone.
+    """
+    insertion = _insertion(model)
+    layers = [insert_layer] if isinstance(insert_layer, Integral) else [int(layer) for layer in insert_layer]
+    insertion.check(layers)
+    local = insertion.local
+    before = (local.layers, local.explicit_mask)
+    local.layers, local.explicit_mask = layers, multimodal_mask
+    try:
+        yield model
+    finally:
+        local.layers, local.explicit_mask = before
+
+
+def _insertion(model: Any) -> Insertion:
+    insertion = getattr(find_stack(model), _ATTRIBUTE, None)
+    if insertion is None:
+        raise ValueError(f"{type(model).__name__} has no insert layer yet: call deep_insert(model) first")
+    return insertion
+
+
+class _Local(threading.local):
+    """What one thread is doing with the model; a copy of the model starts afresh."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] | None = None
+        self.explicit_mask: Tensor | None = None
+        self.input_ids: Tensor | None = None
+        self.embedded: Tensor | None = None
+        self.scattered: Tensor | None = None
+        self.forward: Forward | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
+        return _Local()
+
+    def forget(self) -> None:
+        self.input_ids = self.embedded = self.scattered = self.forward = None
+
+
+@dataclass
+class Forward:
+    """One forward of the stack in which some layer sees fewer rows than there are.
+
+    `stages` maps each insert layer of the batch, and 0, to the rows alive from there on; None means all.
+    """
+
+    length: int
+    stages: dict[int, Rows | None]
+    flash: bool
+    entered: Tensor | None = None
+    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
+    rows: Rows | None = None
+    """The rows that the hidden states now hold."""
+    memo: dict[tuple, tuple] = field(default_factory=dict)
+
+    def enter(self, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Hidden states (B, R, D) for layer `layer_idx` from what the layer before it returned."""
+        if layer_idx == 0:
+            self.entered = hidden
+        if layer_idx not in self.stages:
+            return hidden
+        full = self.leave(hidden)
+        self.rows = self.stages[layer_idx]
+        return full if self.rows is None else self.rows.take(full, 1)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """(B, S, D): hidden states at full length again."""
+        assert self.entered is not None
+        return hidden if self.rows is None else self.rows.put(hidden, self.entered)
+
+    def once(self, key: tuple, kept: tuple, make: Callable[[], Any]) -> Any:
+        """`make()`, once for each `key` of ids; `kept` holds what the ids name, so that none is reused."""
+        if key not in self.memo:
+            self.memo[key] = (kept, make())
+        return self.memo[key][1]
+
+
+class Insertion:
+    """The mechanism on one model: shims on the decoder layers, hooks that see where features go."""
+
+    def __init__(self, model: PreTrainedModel, stack: Any) -> None:
+        self.stack = stack
+        self.insert_layer = 0
+        self.num_layers = len(stack.layers)
+        self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
+        self.owner = find_placeholder_owner(model)
+        self.embedding = model.get_input_embeddings()
+        self.placeholder_ids = sorted(placeholder_token_ids(model.config))
+        if self.owner is None and not self.placeholder_ids:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for images, "
+                "video or audio were found; is this a multimodal model?"
+            )
+        self.local = _Local()
+        self.handles: list[Any] = []
+
+    def check(self, layers: Sequence[int]) -> None:
+        wrong = [layer for layer in layers if not 0 <= layer <= self.num_layers]
+        if wrong or not layers:
+            raise ValueError(
+                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.num_layers}, "
+                f"the number of decoder layers of this model"
+            )
+
+    def install(self) -> None:
+        setattr(self.stack, _ATTRIBUTE, self)
+        for index, layer in enumerate(self.stack.layers):
+            setattr(layer, _ATTRIBUTE, (self, index))
+            layer.__class__ = _shimmed(type(layer))
+        self.handles = [
+            self.embedding.register_forward_hook(self.saw_embedding),
+            self.stack.register_forward_pre_hook(self.begin, with_kwargs=True),
+            self.stack.register_forward_hook(self.end, always_call=True),
+        ]
+        if self.owner is not None:
+            # A partial of bound methods, unlike a closure, is copied right by copy.deepcopy.
+            self.owner.get_placeholder_mask = partial(self.saw_placeholders, self.owner.get_placeholder_mask)
+
+    def uninstall(self) -> None:
+        for layer in self.stack.layers:
+            layer.__class__ = type(layer)._stock_class
+            delattr(layer, _ATTRIBUTE)
+        for handle in self.handles:
+            handle.remove()
+        if self.owner is not None:
+            del self.owner.get_placeholder_mask
+        delattr(self.stack, _ATTRIBUTE)
+
+    def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`."""
+        if args and args[0].ndim == 2:
+            self.local.forget()
+            self.local.input_ids, self.local.embedded = args[0], output
+
+    def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`get_placeholder_mask`, noting where it says that features go: one mask or one a modality."""
+        result = stock(*args, **kwargs)
+        for mask in result if isinstance(result, tuple) else (result,):
+            flat = mask[..., 0] if mask.ndim == 3 else mask
+            seen = self.local.scattered
+            self.local.scattered = flat if seen is None or seen.shape != flat.shape else seen | flat
+        return result
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook before the stack: decide which rows are alive in which layers."""
+        local = self.local
+        local.forward = None
+        layers = local.layers or [self.insert_layer]
+        if max(layers) == 0:
+            return
+        call = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        embeds = call.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.embedding(call["input_ids"])
+        multimodal = self.multimodal_positions(embeds)
+        if multimodal is None:
+            return
+        stages = self.plan(layers, multimodal, call.get("attention_mask"))
+        local.forward = Forward(length=embeds.shape[1], stages=stages, flash=self.uses_flash)
+
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.local.forget()
+
+    def multimodal_positions(self, embeds: Tensor) -> Tensor | None:
+        """(B, S) bool of the positions that hold features; None where the forward has none."""
+        local = self.local
+        explicit = local.explicit_mask
+        if explicit is not None and explicit.shape == embeds.shape[:2]:
+            return explicit.to(device=embeds.device, dtype=torch.bool)
+        if local.scattered is not None and local.scattered.shape == embeds.shape[:2]:
+            return local.scattered
+        if local.embedded is embeds:
+            return None
+        if local.input_ids is not None and local.input_ids.shape == embeds.shape[:2] and self.placeholder_ids:
+            return torch.isin(local.input_ids, torch.tensor(self.placeholder_ids, device=local.input_ids.device))
+        if local.embedded is not None and local.embedded.shape == embeds.shape:
+            return (local.embedded != embeds).any(dim=-1)
+        if embeds.shape[1] == 1:
+            return None
+        raise ValueError(
+            "inputs_embeds without input_ids do not say which positions are multimodal: pass them with "
+            "insert_at(model, layer, multimodal_mask=mask)"
+        )
+
+    def plan(self, layers: list[int], multimodal: Tensor, mask: Any) -> dict[int, Rows | None]:
+        """Rows alive from each layer on at which that changes; real padding never enters a short layer."""
+        batch, length = multimodal.shape
+        if batch % len(layers):
+            raise ValueError(f"{len(layers)} insert layers for a batch of {batch} rows: give one, or one per row")
+        deepest = max(layers)
+        per_row = torch.tensor(layers).repeat_interleave(batch // len(layers)).to(multimodal.device)
+        real = torch.ones_like(multimodal)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -length:].to(device=multimodal.device, dtype=torch.bool)
+        stages: dict[int, Rows | None] = {}
+        for layer in sorted({0, *layers}):
+            if layer == deepest:
+                stages[layer] = None
+            else:
+                waiting = multimodal & (per_row > layer)[:, None]
+                stages[layer] = rows_of(real & ~waiting)
+        if deepest == self.num_layers:
+            del stages[deepest]
+        return stages
+
+    def call_layer(self, index: int, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Decoder layer `index`, called with the rows that are alive in it."""
+        forward = self.local.forward
+        cache = kwargs.get("past_key_values")
+        short = short_layer(cache, index)
+        if forward is None and short is None:
+            return stock(*args, **kwargs)
+        if forward is None:
+            forward = Forward(length=args[0].shape[1], stages={}, flash=self.uses_flash)
+        hidden = forward.enter(index, args[0])
+        if forward.rows is None and short is None:
+            return stock(hidden, *args[1:], **kwargs)
+        # Names, so that a tensor handed over by position is recognised too.
+        kwargs = dict(zip(self.layer_arguments[1:], args[1:], strict=False)) | kwargs
+        past = 0 if cache is None else cache.get_seq_length(index)
+        columns, holes = self.columns(forward, short, past, hidden)
+        output = stock(hidden, **self.select(forward, kwargs, columns, holes))
+        if forward.rows is not None and cache is not None and cache.get_seq_length(index) > past:
+            shorten(cache, index, columns, past + forward.length, holes)
+        if index == self.num_layers - 1 and forward.rows is not None:
+            return _map_hidden(output, forward.leave)
+        return output
+
+    @property
+    def uses_flash(self) -> bool:
+        return "flash" in str(self.stack.config._attn_implementation)
+
+    def columns(self, forward: Forward, short: ShortLayer | None, past: int, hidden: Tensor) -> tuple[Tensor, bool]:
+        """(B, K) positions of the keys that a layer will hold, -1 for dummies, and whether there are any."""
+        rows = forward.rows
+
+        def make() -> Tensor:
+            batch, device = hidden.shape[0], hidden.device
+            held = short.key_columns() if short is not None else torch.arange(past, device=device).expand(batch, -1)
+            if rows is None:
+                new = torch.arange(past, past + forward.length, device=device).expand(batch, -1)
+            else:
+                new = (past + rows.index).masked_fill(~rows.valid, -1) if rows.ragged else past + rows.index
+            return torch.cat([held, new], dim=1)
+
+        known = None if short is None else short.columns
+        kept = (rows, known, None if short is None else short.physical_length, past)
+        columns = forward.once(("columns", id(rows), id(known), *kept[2:]), kept, make)
+        return columns, (rows is not None and rows.ragged) or (short is not None and short.ragged)
+
+    def select(self, forward: Forward, kwargs: dict[str, Any], columns: Tensor, holes: bool) -> dict[str, Any]:
+        """A layer's keyword arguments for the alive rows, each selection made once for a run of layers."""
+        rows = forward.rows
+        chosen = dict(kwargs)
+        for name, value in kwargs.items():
+            if name == "attention_mask":
+                chosen[name] = forward.once(
+                    ("mask", id(value), id(columns)),
+                    (value, columns),
+                    partial(select_mask, value, rows, forward.length, columns, holes, forward.flash),
+                )
+            elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
+                continue
+            elif name in _ROW_DIMENSION:
+                take = partial(_take, rows, value, _ROW_DIMENSION[name])
+                chosen[name] = forward.once((name, id(value), id(rows)), (value, rows), take)
+            else:
+                raise UnsupportedModelError(
+                    f"{type(self.stack).__name__} hands its layers {name!r}, which this mechanism cannot select rows of"
+                )
+        return chosen
+
+
+_ROW_DIMENSION = {"position_embeddings": -2, "position_ids": -1}
+"""Where the rows are in what a stack hands each layer."""
+
+_ROWLESS = frozenset({"past_key_values", "num_items_in_batch", "labels"})
+"""What reaches the layers but is not read row by row there."""
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds_tensor, value)))
+
+
+def _take(rows: Rows, value: Any, dim: int) -> Any:
+    """The alive rows of a tensor, or of each tensor of a tuple such as (cos, sin)."""
+    if isinstance(value, tuple | list):
+        return type(value)(_take(rows, part, dim) for part in value)
+    return rows.take(value, dim)
+
+
+def _map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A decoder layer's output, a tensor or a tuple that starts with one, with `change` applied to it."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+@cache
+def _shimmed(stock_class: type[nn.Module]) -> type[nn.Module]:
+    """`stock_class` with a `__call__` that goes through the insertion; same name, no new parameter.
+
+    `__call__` and not a forward hook, so that gradient checkpointing recomputes the layer with the very
+    rows that it was given.
+    """
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        insertion, index = getattr(layer, _ATTRIBUTE)
+        return insertion.call_layer(index, partial(stock_class.__call__, layer), args, kwargs)
+
+    members = {"__call__": call, "__module__": stock_class.__module__, "_stock_class": stock_class}
+    return type(stock_class.__name__, (stock_class,), members | {"__qualname__": stock_class.__qualname__})
