@@ -1,0 +1,342 @@
+"""Images and questions that the project renders itself, in LLaVA's instruction JSON.
+
+Real enough to train and judge the tiny backbone without any download: coloured shapes (`coco/`), written
+words and handwritten digits (`textvqa/`), several shapes and how they lie (`gqa/`), and questions without
+an image. What is drawn is decided first (`Scene`), so every question has a certain answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .rendered_text import text_question
+
+SIZE = 64
+"""Side of an image in pixels; a quarter of it (32 x 32 pixels) holds at most one shape."""
+
+COLOURS = {
+    "red": (250, 10, 10),
+    "green": (10, 240, 10),
+    "blue": (10, 10, 250),
+    "yellow": (250, 250, 10),
+    "teal": (10, 128, 128),
+    "gray": (128, 128, 128),
+    "black": (10, 10, 10),
+    "brown": (165, 42, 42),
+}
+SHAPES = ("circle", "rectangle", "triangle", "cross")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+WORDS = tuple(
+    [
+        "stop",
+        "open",
+        "exit",
+        "taxi",
+        "milk",
+        "cafe",
+        "hotel",
+        "bank",
+        "park",
+        "sale",
+        "shop",
+        "food",
+        "zoo",
+        "book",
+        "fish",
+        "bread",
+        "train",
+        "north",
+        "south",
+        "east",
+        "west",
+        "music",
+        "pizza",
+        "juice",
+        "water",
+        "night",
+        "king",
+        "gold",
+        "tea",
+        "bus",
+        "map",
+        "sun",
+    ]
+)
+SOURCES = ("coco", "textvqa", "gqa")
+
+Side = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in the picture. `what` is a shape, a word of WORDS or a digit; `box` is (left, top, right,
+    bottom) in pixels; `place` indexes PLACES; `sample` is the row of scikit-learn's digits, else -1."""
+
+    what: str
+    colour: str
+    rgb: tuple[int, int, int]
+    size: str
+    place: int
+    box: tuple[int, int, int, int]
+    sample: int = -1
+
+
+@dataclass(frozen=True)
+class Scene:
+    source: str
+    background: tuple[int, int, int]
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    text: str
+    answer: str
+
+
+def side_of(scene: Scene) -> Side:
+    """The side of the split a scene belongs to, by a hash of all that is drawn: a fifth is held out."""
+    return "held_out" if hashlib.sha256(repr(scene).encode()).digest()[0] % 5 == 0 else "train"
+
+
+def draw_scene(source: str, rng: random.Random, side: Side) -> Scene:
+    """A scene of this source on this side of the split. Held-out digits were written on other sheets too:
+    the samples of the two sides are disjoint."""
+    compose = {"coco": _compose_coco, "textvqa": _compose_textvqa, "gqa": _compose_gqa}[source]
+    while True:
+        background = (rng.randint(215, 255), rng.randint(215, 255), rng.randint(215, 255))
+        scene = Scene(source, background, compose(rng, side))
+        if side_of(scene) == side:
+            return scene
+
+
+def _compose_coco(rng: random.Random, side: Side) -> tuple[Item, ...]:
+    count = rng.choice((1, 1, 2))
+    return _shapes(rng, count, rng.sample(SHAPES, count))
+
+
+def _compose_gqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
+    count = rng.choice((1, 2, 2, 3, 4))
+    return _shapes(rng, count, rng.choices(SHAPES, k=count))
+
+
+def _shapes(rng: random.Random, count: int, shapes: list[str]) -> tuple[Item, ...]:
+    """Shapes in different quarters of the image, no two of one colour, in reading order."""
+    places = sorted(rng.sample(range(4), count))
+    colours = rng.sample(sorted(COLOURS), count)
+    items = []
+    for place, shape, colour in zip(places, shapes, colours, strict=True):
+        size = rng.choice(("small", "large"))
+        side = rng.randint(11, 15) if size == "small" else rng.randint(22, 28)
+        items.append(_item(rng, shape, colour, size, place, side, side))
+    return tuple(items)
+
+
+def _item(
+    rng: random.Random,
+    what: str,
+    colour: str,
+    size: str,
+    place: int,
+    width: int,
+    height: int,
+    sample: int = -1,
+) -> Item:
+    column, row = place % 2, place // 2
+    left = column * 32 + rng.randint(1, 31 - width)
+    top = row * 32 + rng.randint(1, 31 - height)
+    red, green, blue = (min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[colour])
+    return Item(
+        what, colour, (red, green, blue), size, place, (left, top, left + width, top + height), sample
+    )
+
+
+def _compose_textvqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
+    """A written word across one half of the image and a handwritten digit in a quarter of the other."""
+    dark = ("red", "blue", "teal", "black", "brown")
+    sample = rng.choice(_digit_samples(side))
+    digit_place = rng.randrange(4)
+    digit = _item(rng, str(_digits()[1][sample]), rng.choice(dark), "large", digit_place, 28, 28, sample)
+    word = rng.choice(WORDS)
+    height = rng.choice((17, 18, 19))
+    width = round(ImageFont.load_default(height).getlength(word))
+    left, top = rng.randint(1, 62 - width), (1 - digit_place // 2) * 32 + rng.randint(3, 30 - height)
+    place = 2 * (1 - digit_place // 2) + (left + width // 2 >= 32)
+    colour = rng.choice(dark)
+    written = Item(word, colour, COLOURS[colour], "large", place, (left, top, left + width, top + height))
+    return (written, digit)
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits: images (1797, 8, 8) in [0, 16] and their values."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+@cache
+def _digit_samples(side: Side) -> tuple[int, ...]:
+    return tuple(i for i in range(len(_digits()[1])) if (i % 5 == 0) == (side == "held_out"))
+
+
+def render(scene: Scene) -> Image.Image:
+    """The picture of a scene: 64 x 64 pixels, RGB. Equal scenes give equal pixels."""
+    image = Image.new("RGB", (SIZE, SIZE), scene.background)
+    draw = ImageDraw.Draw(image)
+    for item in scene.items:
+        left, top, right, bottom = item.box
+        if item.sample >= 0:
+            ink = Image.fromarray((_digits()[0][item.sample] * 255 / 16).astype(np.uint8))
+            image.paste(
+                item.rgb, item.box, ink.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+            )
+        elif item.what in WORDS:
+            font = ImageFont.load_default(bottom - top)
+            draw.text((left, top), item.what, fill=item.rgb, font=font, anchor="lt")
+        elif item.what == "circle":
+            draw.ellipse(item.box, fill=item.rgb)
+        elif item.what == "rectangle":
+            draw.rectangle(item.box, fill=item.rgb)
+        elif item.what == "triangle":
+            draw.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=item.rgb)
+        else:
+            third_x, third_y = (right - left) // 3, (bottom - top) // 3
+            draw.rectangle((left, top + third_y, right, bottom - third_y), fill=item.rgb)
+            draw.rectangle((left + third_x, top, right - third_x, bottom), fill=item.rgb)
+    return image
+
+
+def questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """Questions with certain answers about a scene, in random order."""
+    ask = {"coco": _ask_coco, "textvqa": _ask_textvqa, "gqa": _ask_gqa}[scene.source]
+    asked = list(dict.fromkeys(ask(scene, rng)))
+    rng.shuffle(asked)
+    return asked
+
+
+def _ask_coco(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    items = scene.items
+    caption = " and ".join(f"a {item.size} {item.colour} {item.what}" for item in items)
+    yield Question("caption", rng.choice(("Describe the image.", "What is in the image?")), caption)
+    for item in items:
+        alone = len(items) == 1
+        shape = rng.choice((item.what, "shape")) if alone else item.what
+        form = rng.choice(("What color is the {}?", "What is the color of the {}?"))
+        yield Question("color", form.format(shape), item.colour)
+        plain = rng.choice(("What shape is in the image?", "What shape is present?"))
+        yield Question("shape", plain if alone else f"What is the {item.colour} shape?", item.what)
+        yield Question("size", f"Is the {item.what} small or large?", item.size)
+
+
+def _ask_textvqa(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    word, digit = scene.items
+    for form in ("What word is written?", "What does the sign say?"):
+        yield Question("word", form, word.what)
+    for form in ("What digit is drawn?", "Which number is handwritten?"):
+        yield Question("digit", form, digit.what)
+    yield Question("place", "Where is the digit?", PLACES[digit.place])
+
+
+def _ask_gqa(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    items = scene.items
+    yield Question("count", "How many shapes are there?", str(len(items)))
+    shape = rng.choice((rng.choice(items).what, rng.choice(SHAPES)))
+    yield Question("count", f"How many {plural(shape)} are there?", str(sum(i.what == shape for i in items)))
+    for name, present, every in (
+        ("{} shape", {i.colour for i in items}, COLOURS),
+        ("{}", {i.what for i in items}, SHAPES),
+    ):
+        absent = sorted(set(every) - present)
+        for answer, pool in (("yes", sorted(present)), ("no", absent)):
+            if pool:
+                what = name.format(rng.choice(pool))
+                form = rng.choice(("Is there a {}?", "Does the image contain a {}?"))
+                yield Question("exist", form.format(what), answer)
+    for item in items:
+        yield Question("place", f"Where is the {_refer(item, items, rng)}?", PLACES[item.place])
+    for _ in range(2 * len(items) - 2):
+        one, other = rng.sample(items, 2)
+        between = f"the {_refer(one, items, rng)} {{}} the {_refer(other, items, rng)}?"
+        if one.place % 2 != other.place % 2:
+            answer = "left" if one.place % 2 < other.place % 2 else "right"
+            yield Question("relation", "Is " + between.format("left or right of"), answer)
+        if one.place // 2 != other.place // 2:
+            answer = "above" if one.place < other.place else "below"
+            yield Question("relation", "Is " + between.format("above or below"), answer)
+
+
+def _refer(item: Item, items: tuple[Item, ...], rng: random.Random) -> str:
+    """Words that name this item and no other of the scene."""
+    by_shape = sum(other.what == item.what for other in items) == 1
+    return item.what if by_shape and rng.random() < 0.5 else f"{item.colour} shape"
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def render_instructions(
+    out: Path,
+    images: int,
+    seed: int,
+    *,
+    side: Side = "held_out",
+    questions_per_image: int = 4,
+    sources: tuple[str, ...] = SOURCES,
+) -> Path:
+    """Write `images` pictures and questions about them as LLaVA's instruction JSON; returns its path.
+
+    `out` gets `instructions.json` and, beside it, the pictures as `coco/000000.png` and so on, sources in
+    turn. Each question is a record of one turn; every fifth picture has a record of three turns more, and
+    every third is followed by a question without an image. Ids read `gqa-000123-2-count`: source, picture,
+    number, kind. Equal seeds write equal files. The default side holds nothing that the tiny backbone was
+    trained on.
+    """
+    rng = random.Random(f"{seed} {side}")
+    records: list[dict] = []
+    for number in range(images):
+        source = sources[number % len(sources)]
+        scene = draw_scene(source, rng, side)
+        path = f"{source}/{number:06d}.png"
+        (out / source).mkdir(parents=True, exist_ok=True)
+        render(scene).save(out / path)
+        asked = questions(scene, rng)[:questions_per_image]
+        for i, question in enumerate(asked):
+            records.append(_record(f"{source}-{number:06d}-{i}-{question.kind}", [question], path))
+        if number % 5 == 0 and len(asked) >= 3:
+            records.append(_record(f"{source}-{number:06d}-{len(asked)}-dialogue", asked[:3], path))
+        if number % 3 == 0:
+            question = Question(*text_question(rng))
+            records.append(_record(f"text-{number:06d}-0-{question.kind}", [question], None))
+    out.mkdir(parents=True, exist_ok=True)
+    instructions = out / "instructions.json"
+    instructions.write_text(json.dumps(records, indent=1))
+    return instructions
+
+
+def _record(name: str, asked: list[Question], image: str | None) -> dict:
+    conversations = []
+    for turn, question in enumerate(asked):
+        mark = "<image>\n" if image and turn == 0 else ""
+        conversations.append({"from": "human", "value": mark + question.text})
+        conversations.append({"from": "gpt", "value": question.answer})
+    record: dict = {"id": name, "conversations": conversations}
+    return record | ({"image": image} if image else {})
+
+
+def kind_of(record_id: str) -> str:
+    """The kind of question in a rendered record's id: `"count"` of `"gqa-000123-2-count"`."""
+    return record_id.rsplit("-", 1)[-1]
