@@ -1,0 +1,42 @@
+"""Instruction data, prompts, rewards and the environment in which a layer policy learns.
+
+Importing this package registers `DeepInsert/InsertLayer-v0`; torch is imported with the first class asked
+for.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from .registration import register_envs
+
+PUBLIC = {
+    "DatasetError": "media",
+    "InstructionData": "instructions",
+    "Record": "instructions",
+    "Turn": "instructions",
+    "load_instructions": "instructions",
+    "split_by_image": "instructions",
+    "Prompt": "prompts",
+    "answer_loss": "prompts",
+    "encode": "prompts",
+    "prompts_from": "prompts",
+    "Normaliser": "observations",
+    "prompt_embeddings": "observations",
+    "RewardTable": "rewards",
+    "InsertLayerEnv": "insert_layer_env",
+    "InsertLayerVecEnv": "vector_env",
+}
+
+__all__ = ["register_envs", *PUBLIC]
+
+register_envs()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

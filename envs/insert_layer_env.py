@@ -1,0 +1,180 @@
+"""The Gymnasium environment in which a policy learns an insert layer for each prompt (paper, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from numpy.typing import ArrayLike, NDArray
+
+from .observations import LIMIT, Normaliser, check_observations, prompt_embeddings
+from .rewards import Bonus, RewardTable, check_skip_weight
+
+if TYPE_CHECKING:
+    from backbones import Backbone
+
+    from .prompts import Prompt
+
+
+class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
+    r"""Choose the decoder layer at which a prompt's multimodal tokens enter a frozen model.
+
+    ## Description An episode is one prompt and one decision. The agent sees the prompt's text, picks an
+    insert layer, and is paid for how well the frozen backbone then predicts the reference answer and for
+    how many layers the multimodal tokens skipped. Nothing of the backbone changes, so the same prompt and
+    layer always give the same reward: a contextual bandit (DeepInsert, arXiv 2504.19327, section 3).
+
+    ## Action Space `Discrete(K)`: action `k` means insert layer `insert_layers[k]` of the `K` candidates.
+    With `insert_layers="all"` these are layers 0 to N-1 of a backbone with N decoder layers. Insert layer 0
+    is the stock model.
+
+    ## Observation Space `Box(-10, 10, (hidden,), float32)`: the mean of the backbone's frozen input
+    embeddings over the prompt's text tokens (chat template included; no placeholder, no answer, no
+    padding), normalised feature by feature with the frozen statistics of `normaliser` and clipped to 10
+    standard deviations.
+
+    ## Rewards $r = -loss + \lambda \cdot bonus$, where *loss* is the mean next-token negative
+    log-likelihood over the answer's tokens in nats, $\lambda$ is `skip_weight`, and *bonus* in [0, 1] is
+
+    - `"depth"`: $L / N$, the share of layers skipped (the paper's);
+    - `"flops"`: $1 - F(L) / F(0)$, the share of the prompt's prefill FLOPs saved, clipped to [0, 1].
+
+    The bonus has no unit, so $\lambda$ is in nats: `skip_weight=0.5` gives up half a nat of loss for
+    skipping every layer. Rewards are looked up in a `RewardTable`, which computes them when first needed.
+
+    ## Starting State A prompt drawn uniformly at random with the environment's seeded generator,
+    independently of earlier episodes.
+
+    ## Episode End Every episode terminates after its one step; none is truncated. The terminal observation
+    is the prompt's own.
+
+    ## Arguments
+    Either a backbone and prompts:
+
+    ```python
+    import envs  # registers the environment
+    env = gymnasium.make("DeepInsert/InsertLayer-v0", backbone=backbone, prompts=prompts, skip_weight=0.5)
+    ```
+
+    or a reward table with observations (P, hidden) that are ready: `table=..., observations=...`.
+
+    - `insert_layers`: "all", or the candidates in ascending order (with a backbone; a table has its own);
+    - `skip_weight`: $\lambda$, at least 0;
+    - `bonus`: "depth" or "flops";
+    - `normaliser`: applied to the observations. By default fitted to the prompts' embeddings; with a table,
+      observations are taken as they come, clipped;
+    - `batch_size`: prompts per forward (with a backbone).
+
+    ## Reset Options
+    `reset(options={"prompt": i})` starts with prompt `i`, 0 to P-1, and draws nothing.
+
+    ## Seeding `reset(seed=s)` restarts the sequence of prompts: the same seed gives the same episodes,
+    whatever the actions.
+
+    ## Info `reset`: `prompt` (its index) and `prompt_id`. `step`: these, and `insert_layer`, `loss` (nats),
+    `bonus` (in [0, 1], without $\lambda$).
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        prompts: Sequence[Prompt] | None = None,
+        *,
+        table: RewardTable | None = None,
+        observations: ArrayLike | None = None,
+        normaliser: Normaliser | None = None,
+        insert_layers: Sequence[int] | Literal["all"] = "all",
+        skip_weight: float = 0.5,
+        bonus: Bonus = "depth",
+        batch_size: int = 32,
+        render_mode: None = None,
+    ) -> None:
+        if (backbone is None) != (prompts is None) or (table is None) != (observations is None):
+            raise TypeError("backbone and prompts go together, and so do table and observations")
+        if (backbone is None) == (table is None):
+            raise TypeError("give either backbone and prompts, or table and observations")
+        if backbone is not None and prompts is not None:
+            table = RewardTable(backbone, prompts, insert_layers, batch_size)
+            observations = prompt_embeddings(backbone, prompts, batch_size)
+            normaliser = normaliser or Normaliser.fit(observations)
+        elif insert_layers != "all":
+            raise TypeError("a table has its own insert_layers: leave the argument out")
+        assert table is not None and observations is not None
+        self.table = table
+        self.normaliser = normaliser
+        self.observations = check_observations(
+            observations if normaliser is None else normaliser(observations), len(table)
+        )
+        self.insert_layers = table.insert_layers
+        self.skip_weight = check_skip_weight(skip_weight)
+        self.bonuses = table.bonus(bonus)
+        self.render_mode = render_mode
+        self.observation_space = spaces.Box(-LIMIT, LIMIT, self.observations.shape[1:], np.float32)
+        self.action_space = spaces.Discrete(len(self.insert_layers))
+        self._prompt: int | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """How `gymnasium.make` built this environment."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        # Wrappers deep-copy the spec, arguments included, whenever it is read; ours would copy a whole model.
+        if spec is not None:
+            spec.kwargs = _Shared(spec.kwargs)
+        self._spec = spec
+
+    _spec: EnvSpec | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start an episode: the observation of a prompt, and its name."""
+        super().reset(seed=seed)
+        chosen = (options or {}).get("prompt")
+        if chosen is None:
+            self._prompt = int(self.np_random.integers(len(self.table)))
+        else:
+            self._prompt = check_prompt(chosen, len(self.table))
+        return self.observations[self._prompt].copy(), self._info(self._prompt)
+
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Insert at `insert_layers[action]`, and be rewarded. The episode ends."""
+        if self._prompt is None:
+            raise gymnasium.error.ResetNeeded("the episode is over: call reset() before step()")
+        if not self.action_space.contains(action):
+            raise ValueError(
+                f"action {action!r} is not one of the {len(self.insert_layers)} candidate layers"
+            )
+        prompt, column, self._prompt = self._prompt, int(action), None
+        loss = self.table.loss(prompt, column)
+        bonus = float(self.bonuses[prompt, column])
+        info = self._info(prompt) | {"insert_layer": self.insert_layers[column], "loss": loss, "bonus": bonus}
+        return self.observations[prompt].copy(), -loss + self.skip_weight * bonus, True, False, info
+
+    def _info(self, prompt: int) -> dict[str, Any]:
+        return {"prompt": prompt, "prompt_id": self.table.prompt_ids[prompt]}
+
+
+class _Shared(dict[str, Any]):
+    """Arguments that a deep copy refers to instead of copying."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return _Shared(self)
+
+
+def check_prompt(index: object, num_prompts: int) -> int:
+    """`index` as a prompt's index; `ValueError` where there is no such prompt."""
+    if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < num_prompts:
+        raise ValueError(f"options['prompt'] {index!r}: give the index of a prompt, 0 to {num_prompts - 1}")
+    return int(index)
