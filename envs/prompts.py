@@ -1,0 +1,395 @@
+"""Prompts, and how they become what a model reads: tokens, images, labels.
+
+Everything goes through the model's own processor and chat template; nothing here knows a family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .instructions import IMAGE_MARK, InstructionData, Record
+from .media import DatasetError, open_image
+
+if TYPE_CHECKING:
+    from transformers.processing_utils import ProcessorMixin
+
+IGNORED = -100
+"""Label of a token that carries no loss, as everywhere in `transformers`."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image below `root`, opened only when it is used. `origin` says which record named it."""
+
+    root: Path
+    path: str
+    origin: str = field(default="", compare=False)
+
+    def open(self) -> Image.Image:
+        """The image in RGB. Raises `DatasetError` naming the record when it cannot be decoded."""
+        try:
+            return open_image(self.root, self.path)
+        except DatasetError as error:
+            raise DatasetError(f"{self.origin}: {error}" if self.origin else str(error)) from error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends in the answer to be learnt or judged.
+
+    `messages` are chat messages (`{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}`)
+    including the last, the assistant's, whose text is `answer`; `images` fill its image parts in order.
+    `loss_on` says whether every answer carries loss or only the last.
+    """
+
+    id: str
+    source: str
+    image_key: str
+    messages: list[dict[str, Any]]
+    images: tuple[ImageRef | Image.Image, ...]
+    answer: str
+    loss_on: Literal["last", "all"] = "last"
+
+    @property
+    def question(self) -> str:
+        """Text of the last question, without image marks."""
+        asked = next(message for message in reversed(self.messages) if message["role"] == "user")
+        return "\n".join(part["text"] for part in asked["content"] if part["type"] == "text")
+
+    def load_images(self) -> list[Image.Image]:
+        """The images in RGB, in order. Raises `DatasetError` naming file, record and field."""
+        return [
+            image.open() if isinstance(image, ImageRef) else image.convert("RGB") for image in self.images
+        ]
+
+    @classmethod
+    def from_question(
+        cls, question: str, image: Image.Image | str | Path | None = None, answer: str = ""
+    ) -> Prompt:
+        """A prompt of one question. An `image` given as a path is the caller's own and may lie anywhere."""
+        images: tuple[ImageRef | Image.Image, ...] = ()
+        key = "question"
+        if isinstance(image, Image.Image):
+            images = (image,)
+        elif image is not None:
+            real = Path(image).resolve()
+            key = str(real)
+            images = (ImageRef(real.parent, real.name),)
+        content = _content(question, len(images)) if images else [_text(question)]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [_text(answer)]}]
+        if len(images) != _image_count(messages):
+            raise ValueError(
+                f"question {question!r} has {_image_count(messages)} {IMAGE_MARK} marks for one image"
+            )
+        return cls(key, "question", key, messages, images, answer)
+
+
+def prompts_from(data: InstructionData, per: Literal["turn", "record"] = "turn") -> list[Prompt]:
+    """Prompts of instruction records.
+
+    "turn" makes one prompt of every question, with the turns before it as context and loss on its answer
+    alone; "record" one of every conversation, with loss on all answers. Ids are unique: the turn is added to
+    the id where a record has several ("000017#2"), the record's position where an id repeats ("000017@801").
+    """
+    if per not in ("turn", "record"):
+        raise ValueError(f'per {per!r}: give "turn" or "record"')
+    repeated = Counter(record.id for record in data)
+    prompts = []
+    for record in data:
+        name = record.id if repeated[record.id] == 1 else f"{record.id}@{record.index}"
+        messages = _messages(record)
+        origin = f"{data.path}, record {record.index} (id {record.id!r}), field 'image'"
+        images = tuple(ImageRef(data.root, image, origin) for image in record.images)
+        for turn in range(1, len(record.turns) + 1):
+            if per == "record" and turn < len(record.turns):
+                continue
+            said = messages[: 2 * turn]
+            prompts.append(
+                Prompt(
+                    id=f"{name}#{turn}" if per == "turn" and len(record.turns) > 1 else name,
+                    source=record.source,
+                    image_key=record.image_key,
+                    messages=said,
+                    images=images[: _image_count(said)],
+                    answer=record.turns[turn - 1].answer,
+                    loss_on="last" if per == "turn" else "all",
+                )
+            )
+    return prompts
+
+
+def encode(
+    processor: ProcessorMixin,
+    prompts: Sequence[Prompt],
+    *,
+    with_answers: bool = True,
+    padding_side: Literal["left", "right"] = "right",
+) -> dict[str, Tensor]:
+    """Model inputs for a batch of prompts, with and without images mixed as they come.
+
+    With answers, `labels` (batch, seq) hold the ids of the assistant's answers and -100 elsewhere: each
+    answer's text and the end-of-turn token that the template writes after it. Where the template writes none
+    after the last answer (LLaVA-1.5), the tokenizer's eos token ends it, as in LLaVA's training. Without
+    answers, rows end in the template's generation prompt; pad them on the left for `generate`. Where a
+    tokenizer merges characters across the start of an answer, the token that holds the answer's first
+    character is labelled, though `generate` starts from the unmerged form.
+
+    Text that spells one of the tokenizer's special tokens is broken up by a space, so that data can neither
+    place an image nor end a turn. Padding uses the eos token where the tokenizer has no pad token. Nothing is
+    truncated.
+
+    Raises `ValueError` for no prompts, and where the chat template is such that answers cannot be found in
+    its output; `DatasetError` for an image that cannot be decoded.
+    """
+    if not prompts:
+        raise ValueError("no prompts to encode")
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    special = _special_tokens(processor, tokenizer)
+    unsafe = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    chats = [[_defused(message, unsafe) for message in prompt.messages] for prompt in prompts]
+    if with_answers:
+        end = tokenizer.eos_token or ""
+        marked = [_answered(processor, p, chat, special, end) for p, chat in zip(prompts, chats, strict=True)]
+    else:
+        marked = [(_render(processor, chat[:-1], generation_prompt=True), []) for chat in chats]
+    texts = [text for text, _ in marked]
+
+    arguments: dict[str, Any] = {"add_special_tokens": not _writes_bos(tokenizer, texts)}
+    images = [loaded for prompt in prompts if (loaded := prompt.load_images())]
+    with _pad_token(tokenizer):
+        batch = processor(
+            text=texts,
+            **({"images": images} if images else {}),
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+            **arguments,
+        )
+    inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if with_answers:
+        placeholders = _placeholder_ids(processor, tokenizer)
+        inputs["labels"] = torch.full_like(inputs["input_ids"], IGNORED)
+        for row, (prompt, (text, spans)) in enumerate(zip(prompts, marked, strict=True)):
+            where = inputs["attention_mask"][row].nonzero().squeeze(1)
+            ids = inputs["input_ids"][row, where]
+            answer = _answer_positions(
+                tokenizer, text, spans, ids.tolist(), placeholders, arguments, prompt.id
+            )
+            inputs["labels"][row, where[answer]] = ids[answer]
+    return inputs
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean next-token negative log-likelihood of each row's labelled tokens, in nats: shape (batch,).
+
+    `logits` (batch, seq, vocabulary) at position t predict `labels` (batch, seq) at t + 1; -100 carries no
+    loss. Computed in float32 (float64 for such logits), row by row, so that a row's loss does not depend on
+    its neighbours. Raises `ValueError` for a row without labels.
+    """
+    targets = labels[:, 1:]
+    kept = targets != IGNORED
+    counts = kept.sum(dim=1).tolist()
+    if 0 in counts:
+        rows = [row for row, count in enumerate(counts) if count == 0]
+        raise ValueError(f"rows {rows} have no answer token to compute a loss on")
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = F.cross_entropy(logits[:, :-1][kept].to(wide), targets[kept], reduction="none")
+    return torch.stack([row.mean() for row in losses.split(counts)])
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _content(question: str, images: int) -> list[dict[str, str]]:
+    """Content parts of a question about images: each mark an image, in place; without marks, images first."""
+    pieces = question.split(IMAGE_MARK)
+    if len(pieces) == 1:
+        return [{"type": "image"}] * images + [_text(question)]
+    content: list[dict[str, str]] = []
+    for position, piece in enumerate(pieces):
+        if position > 0:
+            content.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if position < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece.strip():
+            content.append(_text(piece))
+    return content
+
+
+def _messages(record: Record) -> list[dict[str, Any]]:
+    unmarked = not any(IMAGE_MARK in turn.question for turn in record.turns)
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(record.turns):
+        if record.images:
+            content = _content(turn.question, len(record.images) if unmarked and number == 0 else 0)
+        else:
+            content = [_text(turn.question)]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [_text(turn.answer)]})
+    return messages
+
+
+def _image_count(messages: Sequence[dict[str, Any]]) -> int:
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def _special_tokens(processor: Any, tokenizer: Any) -> list[str]:
+    """Texts of all special tokens, the placeholders included, longest first."""
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special.update(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special.update(_placeholders(processor))
+    return sorted((token for token in special if token.strip()), key=lambda token: (-len(token), token))
+
+
+def _defused(message: dict[str, Any], unsafe: re.Pattern[str]) -> dict[str, Any]:
+    def apart(match: re.Match[str]) -> str:
+        return f"{match[0][0]} {match[0][1:]}"
+
+    content = [
+        _text(unsafe.sub(apart, part["text"])) if part["type"] == "text" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": content}
+
+
+def _placeholders(processor: Any) -> list[str]:
+    names = ("image_token", "video_token", "audio_token")
+    return [str(token) for name in names if (token := getattr(processor, name, None))]
+
+
+def _placeholder_ids(processor: Any, tokenizer: Any) -> frozenset[int]:
+    return frozenset(tokenizer.convert_tokens_to_ids(_placeholders(processor)))
+
+
+def _render(processor: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = False) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def _answered(
+    processor: Any, prompt: Prompt, chat: list[dict[str, Any]], special: Sequence[str], eos: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the spans of characters that carry loss in it."""
+    text = _render(processor, chat)
+    turns = [position for position, message in enumerate(chat) if message["role"] == "assistant"]
+    last = turns[-1]
+    spans = []
+    for position in turns if prompt.loss_on == "all" else [last]:
+        before = _render(processor, chat[:position], generation_prompt=True)
+        through = text if position == last else _render(processor, chat[: position + 1])
+        # Some templates end the generation prompt in a space that the whole conversation has not.
+        start = len(before) if through.startswith(before) else len(before.rstrip())
+        said = start + len(through[start:]) - len(through[start:].lstrip())
+        answer = chat[position]["content"][0]["text"].strip()
+        if not (
+            text.startswith(through)
+            and through.startswith(before[:start])
+            and through.startswith(answer, said if answer else start)
+        ):
+            raise ValueError(
+                f"prompt {prompt.id!r}: the chat template of {type(processor).__name__} does not write "
+                f"answer {answer[:60]!r} as a continuation of the conversation before it, so its tokens "
+                "cannot be told from the others; use a template that renders a turn the same with and "
+                "without what follows"
+            )
+        end = (said if answer else start) + len(answer)
+        stop = _end_of_turn(through, end, special)
+        if stop == end and position == last:
+            text = through[:end] + eos
+            stop = len(text)
+        spans.append((start, stop))
+    return text, spans
+
+
+def _end_of_turn(text: str, end: int, special: Sequence[str]) -> int:
+    """Where the special token that follows `end`, after white space at most, ends; `end` without one."""
+    lead = end + len(text[end:]) - len(text[end:].lstrip())
+    return next((lead + len(token) for token in special if text.startswith(token, lead)), end)
+
+
+def _writes_bos(tokenizer: Any, texts: Sequence[str]) -> bool:
+    """Whether the template has written the beginning-of-text token, so that the tokenizer must not."""
+    return bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
+
+
+@contextmanager
+def _pad_token(tokenizer: Any) -> Iterator[None]:
+    """Lets a tokenizer without a pad token pad with eos; attention masks tell the two apart."""
+    if tokenizer.pad_token is not None:
+        yield
+        return
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has neither a pad nor an eos token; set tokenizer.pad_token"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+def _answer_positions(
+    tokenizer: Any,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    ids: list[int],
+    placeholders: frozenset[int],
+    arguments: dict[str, Any],
+    name: str,
+) -> list[int]:
+    """Positions in `ids`, the row without padding, of the tokens that cover the `spans` of `text`."""
+    plain = tokenizer(text, return_offsets_mapping=True, **arguments)
+    # Whitespace tokens may have empty offsets, at the end of the characters they stand for.
+    covered = [
+        position
+        for position, (start, end) in enumerate(plain["offset_mapping"])
+        if any(end > a and (start < b or start == end == b) for a, b in spans)
+    ]
+    places = _align(plain["input_ids"], ids, placeholders)
+    if places is None or not covered:
+        raise ValueError(
+            f"prompt {name!r}: the processor's tokens are not its chat text with placeholders repeated, "
+            "so the answer's tokens cannot be found; this processor is not supported"
+        )
+    return [places[position] for position in covered]
+
+
+def _align(plain: list[int], expanded: list[int], placeholders: frozenset[int]) -> list[int] | None:
+    """Position in `expanded` of each token of `plain`, whose placeholders `expanded` writes at length.
+
+    A placeholder's own position is where its expansion starts. None where the two do not match.
+    """
+    places: list[int] = []
+    here = 0
+    position = 0
+    while position < len(plain):
+        marks = position
+        while position < len(plain) and plain[position] in placeholders:
+            position += 1
+        if position > marks:
+            places += [here] * (position - marks)
+            while here < len(expanded) and expanded[here] in placeholders:
+                here += 1
+        end = position
+        while end < len(plain) and plain[end] not in placeholders:
+            end += 1
+        segment = plain[position:end]
+        if expanded[here : here + len(segment)] != segment:
+            return None
+        places += range(here, here + len(segment))
+        here += len(segment)
+        position = end
+    return places if here == len(expanded) else None
