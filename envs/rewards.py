@@ -7,7 +7,6 @@ of a model, and an exact account of what any policy could reach.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from .block_forward import BlockForward
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
     from backbones import Backbone
 
@@ -326,85 +326,6 @@ class RewardTable:
         return self._flops
 
 
-class BlockForward:
-    """Runs blocks of prompts through the backbone: encoded once, then at one insert layer after the other."""
-
-    def __init__(self, backbone: Backbone, prompts: Sequence[Prompt]) -> None:
-        self.backbone = backbone
-        self.prompts = prompts
-        # The head is most models' widest matrix: where the model lets us, it runs on the answers alone.
-        self.keeps_logits = "logits_to_keep" in inspect.signature(backbone.model.forward).parameters
-
-    def encode(self, rows: slice) -> dict[str, torch.Tensor]:
-        """Model inputs of the prompts `rows` on the backbone's device, padded right, with `labels`."""
-        from .prompts import encode
-
-        return to_model(encode(self.backbone.processor, self.prompts[rows]), self.backbone.model)
-
-    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int) -> FloatArray:
-        """Loss in nats of each prompt of an encoded block, (rows,)."""
-        from .prompts import answer_loss
-
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        answered = (labels != -100).any(dim=0).nonzero()
-        first = max(int(answered[0]) - 1, 0) if len(answered) else 0
-        tail = labels.shape[1] - first
-        if self.keeps_logits:
-            inputs["logits_to_keep"] = tail  # type: ignore[assignment]
-        with torch.inference_mode(), self.backbone.insert_at(insert_layer):
-            logits = self.backbone.model(**inputs, use_cache=False).logits
-            loss = answer_loss(logits[:, -tail:], labels[:, -tail:])
-        return loss.double().cpu().numpy()
-
-    def flops(
-        self, rows: slice, inputs: Mapping[str, torch.Tensor], insert_layers: Sequence[int]
-    ) -> FloatArray:
-        """Prefill FLOPs (rows, layers) of an encoded block's prompts, their answers not counted."""
-        from backbones import CostModel
-
-        model = CostModel.from_model(self.backbone.model)
-        counted: dict[tuple[int, int, int], list[float]] = {}
-        found = []
-        for prompt, text, multimodal in zip(self.prompts[rows], *self.count_tokens(inputs), strict=True):
-            key = (int(text), int(multimodal), len(prompt.images))
-            if key not in counted:
-                counted[key] = [
-                    float(model.prefill_flops(*key[:2], layer, images=key[2])) for layer in insert_layers
-                ]
-            found.append(counted[key])
-        return np.array(found)
-
-    def count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Text and multimodal tokens of each prompt, up to where its last answer begins."""
-        answered = inputs["labels"] != -100
-        begins = answered & ~torch.nn.functional.pad(answered, (1, 0))[:, :-1]
-        place = torch.arange(answered.shape[1], device=answered.device)
-        last_begin = torch.where(begins, place, -1).amax(dim=1, keepdim=True)
-        before = inputs["attention_mask"].bool() & (place < last_begin)
-        placeholders = torch.tensor(sorted(self.backbone.placeholder_ids), device=answered.device)
-        multimodal = before & torch.isin(inputs["input_ids"], placeholders)
-        return (before & ~multimodal).sum(dim=1).cpu().numpy(), multimodal.sum(dim=1).cpu().numpy()
-
-    def identity(self) -> list[Any]:
-        """What the losses of these prompts depend on, fit for JSON."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            images = [str(image) if isinstance(image, (str, os.PathLike)) else "" for image in prompt.images]
-            parts = [prompt.id, images, prompt.messages, prompt.answer, prompt.loss_on]
-            digest.update(json.dumps(parts, default=type_name).encode())
-        return [self.backbone.fingerprint, str(self.backbone.model.dtype), digest.hexdigest()]
-
-
-def to_model(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """`inputs` on the model's device, with pixels and spectra in the model's precision."""
-    device, dtype = model.device, model.dtype
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-    }
-
-
 def check_layers(insert_layers: Sequence[int] | Literal["all"], num_layers: int) -> tuple[int, ...]:
     """Candidate insert layers as a tuple; "all" is 0 to N-1. Raises `ValueError` unless ascending in 0..N."""
     layers = (
@@ -437,11 +358,6 @@ def save_arrays(path: str | Path, **arrays: NDArray[Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def type_name(value: object) -> str:
-    """Stands for an object that JSON does not know, such as an image already open."""
-    return type(value).__name__
 
 
 def _names(name: str, values: Sequence[str] | None, default: list[str]) -> list[str]:

@@ -1,0 +1,108 @@
+"""Losses and costs of a block of prompts, encoded once and run at one insert layer after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from backbones import Backbone, CostModel
+
+from .prompts import IGNORED, ImageRef, Prompt, answer_loss, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FloatArray = NDArray[np.float64]
+
+
+class BlockForward:
+    """Runs blocks of prompts through the backbone: encoded once, then at one insert layer after the other."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[Prompt]) -> None:
+        self.backbone = backbone
+        self.prompts = prompts
+        # The head is most models' widest matrix: where the model lets us, it runs on the answers alone.
+        self.keeps_logits = "logits_to_keep" in inspect.signature(backbone.model.forward).parameters
+
+    def encode(self, rows: slice) -> dict[str, torch.Tensor]:
+        """Model inputs of the prompts `rows` on the backbone's device, padded right, with `labels`."""
+        return to_model(encode(self.backbone.processor, self.prompts[rows]), self.backbone.model)
+
+    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int) -> FloatArray:
+        """Loss in nats of each prompt of an encoded block, (rows,)."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        answered = (labels != IGNORED).any(dim=0).nonzero()
+        first = max(int(answered[0]) - 1, 0) if len(answered) else 0
+        tail = labels.shape[1] - first
+        if self.keeps_logits:
+            inputs["logits_to_keep"] = tail  # type: ignore[assignment]
+        with torch.inference_mode(), self.backbone.insert_at(insert_layer):
+            logits = self.backbone.model(**inputs, use_cache=False).logits
+            loss = answer_loss(logits[:, -tail:], labels[:, -tail:])
+        return loss.double().cpu().numpy()
+
+    def flops(
+        self, rows: slice, inputs: Mapping[str, torch.Tensor], insert_layers: Sequence[int]
+    ) -> FloatArray:
+        """FLOPs (rows, layers) of the prefill that `generate` makes of an encoded block's prompts."""
+        counted: dict[tuple[int, int, int], list[float]] = {}
+        found = []
+        for prompt, text, multimodal in zip(self.prompts[rows], *self.count_tokens(inputs), strict=True):
+            key = (int(text), int(multimodal), len(prompt.images))
+            if key not in counted:
+                counted[key] = [
+                    float(self.costs.prefill_flops(*key[:2], layer, images=key[2], logits_to_keep=1))
+                    for layer in insert_layers
+                ]
+            found.append(counted[key])
+        return np.array(found)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What the backbone's modules cost."""
+        return CostModel.from_model(self.backbone.model)
+
+    def count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Text and multimodal tokens of each prompt, up to where its last answer begins."""
+        answered = inputs["labels"] != IGNORED
+        begins = answered & ~torch.nn.functional.pad(answered, (1, 0))[:, :-1]
+        place = torch.arange(answered.shape[1], device=answered.device)
+        last_begin = torch.where(begins, place, -1).amax(dim=1, keepdim=True)
+        before = inputs["attention_mask"].bool() & (place < last_begin)
+        placeholders = torch.tensor(sorted(self.backbone.placeholder_ids), device=answered.device)
+        multimodal = before & torch.isin(inputs["input_ids"], placeholders)
+        return (before & ~multimodal).sum(dim=1).cpu().numpy(), multimodal.sum(dim=1).cpu().numpy()
+
+    def identity(self) -> list[Any]:
+        """What the losses of these prompts depend on, fit for JSON."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            parts = [prompt.id, [image_identity(image) for image in prompt.images], prompt.messages]
+            digest.update(json.dumps([*parts, prompt.answer, prompt.loss_on]).encode())
+        return [self.backbone.fingerprint, str(self.backbone.model.dtype), digest.hexdigest()]
+
+
+def to_model(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """`inputs` on the model's device, with pixels and spectra in the model's precision."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+def image_identity(image: ImageRef | Image.Image) -> str:
+    """Tells images apart without decoding a file: its path and size, or the pixels of an open image."""
+    if isinstance(image, ImageRef):
+        return f"{image.path} {(image.root / image.path).stat().st_size}"
+    return f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
