@@ -6,9 +6,22 @@ The same word means the same thing in every command.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+COUNTS = {
+    "batch_size",
+    "steps",
+    "repeats",
+    "lora_rank",
+    "gradient_accumulation",
+    "save_every",
+    "max_new_tokens",
+    "timing_repeats",
+}
+MOST_LAYERS = 10_000  # more than any model has; the model's own number is known once it is loaded
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -165,8 +178,18 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
 
 
 @dataclass(kw_only=True)
+class BenchOptions(RunOptions, BackboneOptions):
+    """Measure the prefill at each insert layer against the stock model, in paired repeats."""
+
+    insert_layers: str = "all"
+    """Layers to measure: all, 0-7 or 0,4,8."""
+    repeats: int = 9
+    """Rounds; each round measures the stock model and every layer once."""
+
+
+@dataclass(kw_only=True)
 class DemoOptions:
-    """The whole way on the embedded tiny backbone: data, sweep, policy, recommendation, finetune, evaluation."""
+    """The whole way on the embedded tiny backbone, from data to the evaluation of a variant."""
 
     out: Path = Path("runs/demo")
     """Run folder; each step writes a folder named after its command."""
@@ -176,3 +199,58 @@ class DemoOptions:
     """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
     quick: bool = False
     """A much smaller run, to see that everything works."""
+
+
+def check(options: Any) -> None:
+    """Raise `ValueError` for values that no model or data could make right, before anything is loaded.
+
+    Values are looked at by name, so every command that has an option checks it alike.
+    """
+    values = vars(options)
+    for name in COUNTS & values.keys():
+        if values[name] < 1:
+            raise ValueError(f"{flag(name)} {values[name]}: give at least 1")
+    if "insert_layers" in values and values["insert_layers"].strip() != "all":
+        parse_layers(values["insert_layers"], MOST_LAYERS)
+    if "max_bad" in values:
+        parse_share(values["max_bad"], "--max-bad")
+    if "fraction" in values and not 0 < values["fraction"] <= 1:
+        raise ValueError(f"--fraction {values['fraction']}: give a share above 0 and at most 1")
+    if "held_out" in values and not 0 < values["held_out"] < 1:
+        raise ValueError(f"--held-out {values['held_out']}: give a share between 0 and 1")
+    if "skip_weight" in values and not (values["skip_weight"] >= 0 and math.isfinite(values["skip_weight"])):
+        raise ValueError(f"--skip-weight {values['skip_weight']}: give 0 or a positive number")
+    if values.get("insert_layer", 0) < 0:
+        raise ValueError(f"--insert-layer {values['insert_layer']}: give 0 (the baseline) or a layer above")
+    _check_paths(values)
+
+
+def _check_paths(values: dict[str, Any]) -> None:
+    """What must be there before a command starts: data, images, a policy, variants, a local backbone."""
+    data, root = values.get("data"), values.get("image_root")
+    if data is not None and not data.is_file():
+        raise ValueError(f"--data {data}: there is no such file")
+    if root is not None and not root.is_dir():
+        raise ValueError(f"--image-root {root}: there is no such folder")
+    backbone = values.get("backbone", "tiny")
+    if backbone.startswith(("/", "./", "../", "~")) and not Path(backbone).expanduser().is_dir():
+        raise ValueError(f'--backbone {backbone}: there is no such folder; give a folder, a hub id or "tiny"')
+    for folder in values.get("variants", ()):
+        if not (folder / "result.json").is_file():
+            raise ValueError(
+                f"--variants {folder}: no result.json there; give run folders of finished finetunes"
+            )
+    if "policy" in values:
+        if (values["prompt"] is None) == (data is None):
+            raise ValueError("give either --prompt (with --image) or --data")
+        if values["image"] is not None and not values["image"].is_file():
+            raise ValueError(f"--image {values['image']}: there is no such file")
+        if not (values["policy"] / "policy.json").is_file():
+            raise ValueError(
+                f"--policy {values['policy']}: no policy.json there; give a run folder of train-policy"
+            )
+
+
+def flag(name: str) -> str:
+    """The option of a field: `"skip_weight"` is `--skip-weight`."""
+    return "--" + name.replace("_", "-")

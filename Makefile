@@ -1,0 +1,49 @@
+# Every target makes the virtual environment it needs in .venv and uses it again until the requirements change.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo test test-slow lint format bench clean
+
+help:
+	@echo "make demo       the whole way on the embedded tiny backbone, into runs/demo"
+	@echo "make test       the test suite"
+	@echo "make test-slow  long checks"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      prefill time by insert layer, into runs/bench"
+
+demo: $(VENV)/installed
+	$(VENV)/bin/deepinsert demo --out runs/demo
+
+test: $(VENV)/installed-dev
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+
+test-slow: $(VENV)/installed-dev
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/installed
+	$(RUN) benchmarks/prefill.py --out runs/bench
+
+clean:
+	rm -rf $(VENV)
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(RUN)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,153 @@
+"""The command line: parses options, starts a command, and turns what a user did wrong into one clear line.
+
+Commands are imported only when they run, so that `--help` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+import tyro
+
+from . import options as command_options
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its options, the module whose `run` it calls, and an example that runs as it stands."""
+
+    options: type[Any]
+    module: str
+    example: str
+
+
+# The examples run as they stand after `deepinsert demo`, whose data and results they use.
+COMMANDS = {
+    "demo": Command(command_options.DemoOptions, "demo", "deepinsert demo"),
+    "sweep": Command(
+        command_options.SweepOptions,
+        "sweep",
+        "deepinsert sweep --data runs/demo/data/train/instructions.json --sources coco,textvqa "
+        "--insert-layers 0-7 --out runs/sweep",
+    ),
+    "train-policy": Command(
+        command_options.TrainPolicyOptions,
+        "training",
+        "deepinsert train-policy --data runs/demo/data/train/instructions.json --fraction 0.5 "
+        "--skip-weight 0.5 --out runs/policy",
+    ),
+    "recommend": Command(
+        command_options.RecommendOptions,
+        "recommend",
+        'deepinsert recommend --policy runs/demo/train-policy --prompt "What digit is drawn?" '
+        "--out runs/recommend",
+    ),
+    "finetune": Command(
+        command_options.FinetuneOptions,
+        "finetune",
+        "deepinsert finetune --data runs/demo/data/train/instructions.json --insert-layer 3 --steps 100 "
+        "--out runs/variant",
+    ),
+    "evaluate": Command(
+        command_options.EvaluateOptions,
+        "evaluate",
+        "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
+        "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
+    ),
+    "bench": Command(
+        command_options.BenchOptions,
+        "bench",
+        "deepinsert bench --insert-layers 0,2,4,6 --batch-size 8 --out runs/bench",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that `arguments` (by default those of the process) name; ends the process on errors.
+
+    Exit status 2 is a mistake in the command, with one line on stderr; 130 an interrupt. `--debug`, or
+    `DEEPINSERT_TRACEBACK=1` in the environment, shows the traceback as well.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("DEEPINSERT_TRACEBACK", "") not in ("", "0")
+    words = [word for word in words if word != "--debug"]
+    if words == ["--version"]:
+        print(f"deepinsert {version()}")
+        return
+    try:
+        name, options = parse(words or ["--help"])
+        command_options.check(options)
+        quieten()
+        importlib.import_module(f".{COMMANDS[name].module}", __package__).run(options)
+        print(f"Run folder: {options.out}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        fail(error, debug)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        fail(f"{str(error).splitlines()[0]} Try a smaller --batch-size.", debug)
+
+
+def parse(words: Sequence[str]) -> tuple[str, Any]:
+    """The command's name and its options. Ends the process for `--help` and for options that do not parse."""
+    if words[0] in COMMANDS:
+        command = COMMANDS[words[0]]
+        description = f"{command.options.__doc__}\n\nExample:\n  {command.example}"
+        options = tyro.cli(
+            command.options, prog=f"deepinsert {words[0]}", description=description, args=words[1:]
+        )
+        return words[0], options
+    commands = tuple(
+        Annotated[command.options, tyro.conf.subcommand(name, description=command.options.__doc__)]
+        for name, command in COMMANDS.items()
+    )
+    tyro.cli(
+        Union[commands],  # type: ignore[arg-type]  # noqa: UP007
+        prog="deepinsert",
+        description=(
+            "Learn at which decoder layer image or audio tokens should enter a multimodal language model, "
+            "and make that model. Start with: deepinsert demo. Each command has its own --help. "
+            "Errors show their traceback with --debug."
+        ),
+        args=words,
+    )
+    raise ValueError(f"{words[0]}: not a command; the commands are {', '.join(COMMANDS)}")
+
+
+def version() -> str:
+    """The version of the installed distribution."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("deepinsert")
+    except PackageNotFoundError:
+        return "(not installed; run from its source folder)"
+
+
+def quieten() -> None:
+    """Keep libraries' advice to their own developers off the terminal; a user's own settings stand."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def fail(error: Exception | str, debug: bool) -> None:
+    """Say on one line what is wrong and exit with status 2."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"deepinsert: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
