@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+
+from .prompts import Prompt, text_token_ids
 
 if TYPE_CHECKING:
     from backbones import Backbone
-
-    from .prompts import Prompt
 
 FloatArray = NDArray[np.float32]
 
@@ -32,32 +33,19 @@ def prompt_embeddings(backbone: Backbone, prompts: Sequence[Prompt], batch_size:
 
     Raises `ValueError` for a prompt without text tokens.
     """
-    import torch
-
     embed = backbone.model.get_input_embeddings()
     weight_device = next(embed.parameters()).device
     pooled = []
     with torch.inference_mode():
         for start in range(0, len(prompts), batch_size):
-            batch = [text_token_ids(backbone, prompt) for prompt in prompts[start : start + batch_size]]
+            batch = text_token_ids(backbone.processor, prompts[start : start + batch_size])
+            if not all(batch):
+                empty = prompts[start + batch.index([])].id
+                raise ValueError(f"prompt {empty!r} has no text token to observe")
             vectors = embed(torch.tensor([token for ids in batch for token in ids], device=weight_device))
             for part in vectors.float().split([len(ids) for ids in batch]):
                 pooled.append(part.mean(dim=0).cpu().numpy())
     return np.stack(pooled)
-
-
-def text_token_ids(backbone: Backbone, prompt: Prompt) -> list[int]:
-    """Ids of the prompt's text tokens, chat template and generation prompt included, answer excluded."""
-    tokenizer: Any = backbone.tokenizer
-    processor: Any = backbone.processor
-    text = processor.apply_chat_template(prompt.messages[:-1], tokenize=False, add_generation_prompt=True)
-    # A template that writes the first special token itself must not get a second one.
-    begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not begins)["input_ids"]
-    ids = [token for token in ids if token not in backbone.placeholder_ids]
-    if not ids:
-        raise ValueError(f"prompt {prompt.id!r} has no text token to observe")
-    return ids
 
 
 @dataclass(frozen=True)

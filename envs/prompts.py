@@ -156,7 +156,7 @@ def encode(
         raise ValueError("no prompts to encode")
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     special = _special_tokens(processor, tokenizer)
-    unsafe = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    unsafe = _any_of(special)
     chats = [[_defused(message, unsafe) for message in prompt.messages] for prompt in prompts]
     if with_answers:
         end = tokenizer.eos_token or ""
@@ -188,6 +188,20 @@ def encode(
             )
             inputs["labels"][row, where[answer]] = ids[answer]
     return inputs
+
+
+def text_token_ids(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Ids of each prompt's text tokens, as `encode` without answers gives them: no placeholder, no padding.
+
+    No image is opened. Tokens that a processor itself writes around its placeholders are not among them.
+    """
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    unsafe = _any_of(_special_tokens(processor, tokenizer))
+    placeholders = _placeholder_ids(processor, tokenizer)
+    chats = [[_defused(message, unsafe) for message in prompt.messages[:-1]] for prompt in prompts]
+    texts = [_render(processor, chat, generation_prompt=True) for chat in chats]
+    rows = tokenizer(texts, add_special_tokens=not _writes_bos(tokenizer, texts))["input_ids"]
+    return [[token for token in row if token not in placeholders] for row in rows]
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -254,6 +268,10 @@ def _special_tokens(processor: Any, tokenizer: Any) -> list[str]:
     return sorted((token for token in special if token.strip()), key=lambda token: (-len(token), token))
 
 
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
 def _defused(message: dict[str, Any], unsafe: re.Pattern[str]) -> dict[str, Any]:
     def apart(match: re.Match[str]) -> str:
         return f"{match[0][0]} {match[0][1:]}"
@@ -289,13 +307,14 @@ def _answered(
     for position in turns if prompt.loss_on == "all" else [last]:
         before = _render(processor, chat[:position], generation_prompt=True)
         through = text if position == last else _render(processor, chat[: position + 1])
-        # Some templates end the generation prompt in a space that the whole conversation has not.
-        start = len(before) if through.startswith(before) else len(before.rstrip())
-        said = start + len(through[start:]) - len(through[start:].lstrip())
+        # LLaVA-OneVision writes "assistant \n" before an answer, but "assistant\n" to ask for one.
+        shared = before if through.startswith(before) else before.rstrip()
+        said = len(shared) + len(through[len(shared) :]) - len(through[len(shared) :].lstrip())
+        start = len(before) if shared == before else said
         answer = chat[position]["content"][0]["text"].strip()
         if not (
             text.startswith(through)
-            and through.startswith(before[:start])
+            and through.startswith(shared)
             and through.startswith(answer, said if answer else start)
         ):
             raise ValueError(

@@ -134,10 +134,14 @@ class RewardTable:
         return self._all_flops()[:, :-1]
 
     @property
+    def stock_flops(self) -> FloatArray:
+        """Prefill FLOPs (P,) of each prompt in the stock model, at insert layer 0."""
+        return self._all_flops()[:, -1]
+
+    @property
     def flops_ratio(self) -> FloatArray:
         """Prefill FLOPs (P, K) divided by those of the stock model, insert layer 0."""
-        flops = self._all_flops()
-        return flops[:, :-1] / flops[:, -1:]
+        return self.flops / self.stock_flops[:, None]
 
     def loss(self, prompt: int, column: int) -> float:
         """Loss in nats of prompt `prompt` at `insert_layers[column]`; computes its block where unknown."""
