@@ -62,7 +62,7 @@ class ShortLayer(DynamicLayer):
         self.ragged = bool((self.columns < 0).any())
         self.skipped = length - columns.shape[1]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
 
@@ -81,6 +81,10 @@ def short_layer(cache: Cache | None, layer_idx: int) -> ShortLayer | None:
         return None
     layer = cache.layers[layer_idx]
     return layer if isinstance(layer, ShortLayer) else None
+
+
+def holds_short_layers(cache: Cache | None) -> bool:
+    return cache is not None and any(isinstance(layer, ShortLayer) for layer in cache.layers)
 
 
 def shorten(cache: Cache, layer_idx: int, columns: Tensor, length: int, ragged: bool) -> None:

@@ -23,10 +23,11 @@ class UnsupportedModelError(ValueError):
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
     """The stock model itself, also where PEFT has wrapped it."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model; give a PreTrainedModel or a PEFT model of one"
+            f"{type(model).__name__} is no transformers model; give a PreTrainedModel or a PEFT model of one"
         )
     return inner
 
@@ -45,7 +46,9 @@ def find_stack(model: nn.Module) -> Any:
         inner = [getattr(stack, part, None) for part in ("model", "decoder", "language_model", "text_model")]
         found = [module for module in inner if isinstance(module, nn.Module) and module is not stack]
         if not found:
-            raise UnsupportedModelError(f"{name}: no list of decoder layers found; insert_layer has no meaning")
+            raise UnsupportedModelError(
+                f"{name}: no list of decoder layers found; insert_layer has no meaning"
+            )
         stack = found[0]
     if any(hasattr(layer, "cross_attn") or hasattr(layer, "crossattention") for layer in stack.layers):
         raise UnsupportedModelError(

@@ -9,19 +9,18 @@ name changes, so `state_dict`, `generate`, Trainer and PEFT see the stock model.
 from __future__ import annotations
 
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import ShortLayer, short_layer, shorten
+from .cache import holds_short_layers, short_layer, shorten
 from .families import (
     UnsupportedModelError,
     base_model_of,
@@ -29,7 +28,7 @@ from .families import (
     find_stack,
     placeholder_token_ids,
 )
-from .masks import select_mask
+from .forward import Forward
 from .rows import Rows, rows_of
 
 CONFIG_KEY = "deepinsert"
@@ -41,9 +40,9 @@ InsertLayer = int | Sequence[int]
 def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     """Let multimodal tokens skip the first `insert_layer` decoder layers of `model`, in place.
 
-    `insert_layer` is 0 (the stock model) to N (they never enter); None takes the one in `model.config`, else
-    0. It is written to `model.config.deepinsert`, so `save_pretrained` keeps it. Returns `model`, whose class,
-    parameters and `state_dict` are unchanged; a PEFT model is changed through its base model.
+    `insert_layer` is 0 (the stock model) to N (they never enter); None takes the one in `model.config`,
+    else 0. It is written to `model.config.deepinsert`, so `save_pretrained` keeps it. Returns `model`, whose
+    class, parameters and `state_dict` are unchanged; a PEFT model is changed through its base model.
 
     Raises `UnsupportedModelError` for models without a decoder stack fed by an encoder's features, and
     `ValueError` for a layer outside 0 to N.
@@ -92,7 +91,7 @@ def insert_at(
     bool says which positions are multimodal where the model cannot know, as with `inputs_embeds` alone.
     """
     insertion = _insertion(model)
-    layers = [insert_layer] if isinstance(insert_layer, Integral) else [int(layer) for layer in insert_layer]
+    layers = _layers(insert_layer)
     insertion.check(layers)
     local = insertion.local
     before = (local.layers, local.explicit_mask)
@@ -101,6 +100,13 @@ def insert_at(
         yield model
     finally:
         local.layers, local.explicit_mask = before
+
+
+def _layers(insert_layer: Any) -> list[int]:
+    try:
+        return [operator.index(insert_layer)]
+    except TypeError:
+        return [operator.index(layer) for layer in insert_layer]
 
 
 def _insertion(model: Any) -> Insertion:
@@ -128,44 +134,6 @@ class _Local(threading.local):
         self.input_ids = self.embedded = self.scattered = self.forward = None
 
 
-@dataclass
-class Forward:
-    """One forward of the stack in which some layer sees fewer rows than there are.
-
-    `stages` maps each insert layer of the batch, and 0, to the rows alive from there on; None means all.
-    """
-
-    length: int
-    stages: dict[int, Rows | None]
-    flash: bool
-    entered: Tensor | None = None
-    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
-    rows: Rows | None = None
-    """The rows that the hidden states now hold."""
-    memo: dict[tuple, tuple] = field(default_factory=dict)
-
-    def enter(self, layer_idx: int, hidden: Tensor) -> Tensor:
-        """Hidden states (B, R, D) for layer `layer_idx` from what the layer before it returned."""
-        if layer_idx == 0:
-            self.entered = hidden
-        if layer_idx not in self.stages:
-            return hidden
-        full = self.leave(hidden)
-        self.rows = self.stages[layer_idx]
-        return full if self.rows is None else self.rows.take(full, 1)
-
-    def leave(self, hidden: Tensor) -> Tensor:
-        """(B, S, D): hidden states at full length again."""
-        assert self.entered is not None
-        return hidden if self.rows is None else self.rows.put(hidden, self.entered)
-
-    def once(self, key: tuple, kept: tuple, make: Callable[[], Any]) -> Any:
-        """`make()`, once for each `key` of ids; `kept` holds what the ids name, so that none is reused."""
-        if key not in self.memo:
-            self.memo[key] = (kept, make())
-        return self.memo[key][1]
-
-
 class Insertion:
     """The mechanism on one model: shims on the decoder layers, hooks that see where features go."""
 
@@ -179,8 +147,8 @@ class Insertion:
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
         if self.owner is None and not self.placeholder_ids:
             raise UnsupportedModelError(
-                f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for images, "
-                "video or audio were found; is this a multimodal model?"
+                f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
+                "images, video or audio were found; is this a multimodal model?"
             )
         self.local = _Local()
         self.handles: list[Any] = []
@@ -197,7 +165,8 @@ class Insertion:
         setattr(self.stack, _ATTRIBUTE, self)
         for index, layer in enumerate(self.stack.layers):
             setattr(layer, _ATTRIBUTE, (self, index))
-            layer.__class__ = _shimmed(type(layer))
+            stock_class: Any = type(layer)
+            layer.__class__ = _shimmed(stock_class)
         self.handles = [
             self.embedding.register_forward_hook(self.saw_embedding),
             self.stack.register_forward_pre_hook(self.begin, with_kwargs=True),
@@ -236,18 +205,17 @@ class Insertion:
         """Hook before the stack: decide which rows are alive in which layers."""
         local = self.local
         local.forward = None
-        layers = local.layers or [self.insert_layer]
-        if max(layers) == 0:
-            return
         call = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        layers = local.layers or [self.insert_layer]
+        if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
+            return
         embeds = call.get("inputs_embeds")
         if embeds is None:
             embeds = self.embedding(call["input_ids"])
-        multimodal = self.multimodal_positions(embeds)
-        if multimodal is None:
-            return
-        stages = self.plan(layers, multimodal, call.get("attention_mask"))
-        local.forward = Forward(length=embeds.shape[1], stages=stages, flash=self.uses_flash)
+        multimodal = self.multimodal_positions(embeds) if max(layers) > 0 else None
+        stages = {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
+        flash = "flash" in str(self.stack.config._attn_implementation)
+        local.forward = Forward(length=embeds.shape[1], stages=stages, flash=flash)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.local.forget()
@@ -263,7 +231,9 @@ class Insertion:
         if local.embedded is embeds:
             return None
         if local.input_ids is not None and local.input_ids.shape == embeds.shape[:2] and self.placeholder_ids:
-            return torch.isin(local.input_ids, torch.tensor(self.placeholder_ids, device=local.input_ids.device))
+            return torch.isin(
+                local.input_ids, torch.tensor(self.placeholder_ids, device=local.input_ids.device)
+            )
         if local.embedded is not None and local.embedded.shape == embeds.shape:
             return (local.embedded != embeds).any(dim=-1)
         if embeds.shape[1] == 1:
@@ -277,7 +247,9 @@ class Insertion:
         """Rows alive from each layer on at which that changes; real padding never enters a short layer."""
         batch, length = multimodal.shape
         if batch % len(layers):
-            raise ValueError(f"{len(layers)} insert layers for a batch of {batch} rows: give one, or one per row")
+            raise ValueError(
+                f"{len(layers)} insert layers for a batch of {batch} rows: give one, or one per row"
+            )
         deepest = max(layers)
         per_row = torch.tensor(layers).repeat_interleave(batch // len(layers)).to(multimodal.device)
         real = torch.ones_like(multimodal)
@@ -297,87 +269,24 @@ class Insertion:
     def call_layer(self, index: int, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Decoder layer `index`, called with the rows that are alive in it."""
         forward = self.local.forward
+        if forward is None:
+            return stock(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         short = short_layer(cache, index)
-        if forward is None and short is None:
-            return stock(*args, **kwargs)
-        if forward is None:
-            forward = Forward(length=args[0].shape[1], stages={}, flash=self.uses_flash)
         hidden = forward.enter(index, args[0])
         if forward.rows is None and short is None:
             return stock(hidden, *args[1:], **kwargs)
         # Names, so that a tensor handed over by position is recognised too.
         kwargs = dict(zip(self.layer_arguments[1:], args[1:], strict=False)) | kwargs
         past = 0 if cache is None else cache.get_seq_length(index)
-        columns, holes = self.columns(forward, short, past, hidden)
-        output = stock(hidden, **self.select(forward, kwargs, columns, holes))
-        if forward.rows is not None and cache is not None and cache.get_seq_length(index) > past:
-            shorten(cache, index, columns, past + forward.length, holes)
-        if index == self.num_layers - 1 and forward.rows is not None:
-            return _map_hidden(output, forward.leave)
+        columns, holes = forward.columns(short, past, hidden)
+        output = stock(hidden, **forward.select(kwargs, columns, holes))
+        if forward.rows is not None:
+            if cache is not None and cache.get_seq_length(index) > past:
+                shorten(cache, index, columns, past + forward.length, holes)
+            if index == self.num_layers - 1:
+                return _map_hidden(output, forward.leave)
         return output
-
-    @property
-    def uses_flash(self) -> bool:
-        return "flash" in str(self.stack.config._attn_implementation)
-
-    def columns(self, forward: Forward, short: ShortLayer | None, past: int, hidden: Tensor) -> tuple[Tensor, bool]:
-        """(B, K) positions of the keys that a layer will hold, -1 for dummies, and whether there are any."""
-        rows = forward.rows
-
-        def make() -> Tensor:
-            batch, device = hidden.shape[0], hidden.device
-            held = short.key_columns() if short is not None else torch.arange(past, device=device).expand(batch, -1)
-            if rows is None:
-                new = torch.arange(past, past + forward.length, device=device).expand(batch, -1)
-            else:
-                new = (past + rows.index).masked_fill(~rows.valid, -1) if rows.ragged else past + rows.index
-            return torch.cat([held, new], dim=1)
-
-        known = None if short is None else short.columns
-        kept = (rows, known, None if short is None else short.physical_length, past)
-        columns = forward.once(("columns", id(rows), id(known), *kept[2:]), kept, make)
-        return columns, (rows is not None and rows.ragged) or (short is not None and short.ragged)
-
-    def select(self, forward: Forward, kwargs: dict[str, Any], columns: Tensor, holes: bool) -> dict[str, Any]:
-        """A layer's keyword arguments for the alive rows, each selection made once for a run of layers."""
-        rows = forward.rows
-        chosen = dict(kwargs)
-        for name, value in kwargs.items():
-            if name == "attention_mask":
-                chosen[name] = forward.once(
-                    ("mask", id(value), id(columns)),
-                    (value, columns),
-                    partial(select_mask, value, rows, forward.length, columns, holes, forward.flash),
-                )
-            elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
-                continue
-            elif name in _ROW_DIMENSION:
-                take = partial(_take, rows, value, _ROW_DIMENSION[name])
-                chosen[name] = forward.once((name, id(value), id(rows)), (value, rows), take)
-            else:
-                raise UnsupportedModelError(
-                    f"{type(self.stack).__name__} hands its layers {name!r}, which this mechanism cannot select rows of"
-                )
-        return chosen
-
-
-_ROW_DIMENSION = {"position_embeddings": -2, "position_ids": -1}
-"""Where the rows are in what a stack hands each layer."""
-
-_ROWLESS = frozenset({"past_key_values", "num_items_in_batch", "labels"})
-"""What reaches the layers but is not read row by row there."""
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds_tensor, value)))
-
-
-def _take(rows: Rows, value: Any, dim: int) -> Any:
-    """The alive rows of a tensor, or of each tensor of a tuple such as (cos, sin)."""
-    if isinstance(value, tuple | list):
-        return type(value)(_take(rows, part, dim) for part in value)
-    return rows.take(value, dim)
 
 
 def _map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

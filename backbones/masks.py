@@ -34,7 +34,7 @@ def select_mask(
         return selected.masked_fill(columns < 0, 0) if holes else selected
     if mask.ndim != 4:
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: only 2-D and 4-D masks are supported with an insert layer"
+            f"attention_mask of shape {tuple(mask.shape)}: an insert layer needs a mask of 2 or 4 dimensions"
         )
     if rows is not None:
         mask = rows.take(mask.expand(columns.shape[0], -1, -1, -1).transpose(1, 2), 1).transpose(1, 2)
@@ -54,12 +54,10 @@ def _causal_mask(columns: Tensor, queries: int) -> Tensor:
 def _close_holes(mask: Tensor, columns: Tensor) -> Tensor:
     """Nobody sees a dummy, and a dummy sees itself alone, so that its softmax is defined."""
     blocked = (columns < 0)[:, None, None, :]
-    if mask.dtype == torch.bool:
-        mask, visible = mask & ~blocked, True
-    else:
-        mask, visible = mask.masked_fill(blocked, torch.finfo(mask.dtype).min), 0
+    boolean = mask.dtype == torch.bool
+    mask = mask.masked_fill(blocked, False if boolean else torch.finfo(mask.dtype).min)
     queries = mask.shape[2]
     own = torch.zeros(queries, columns.shape[1], dtype=torch.bool, device=mask.device)
     own.diagonal(columns.shape[1] - queries).fill_(True)
     dummy_query = (columns[:, columns.shape[1] - queries :] < 0)[:, None, :, None]
-    return mask.masked_fill(own & dummy_query, visible)
+    return mask.masked_fill(own & dummy_query, True if boolean else 0.0)

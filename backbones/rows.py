@@ -28,7 +28,9 @@ class Rows:
     """`index` with dummies sent to an existing row."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reading", self.index.clamp(max=self.length - 1) if self.ragged else self.index)
+        object.__setattr__(
+            self, "reading", self.index.clamp(max=self.length - 1) if self.ragged else self.index
+        )
 
     @property
     def count(self) -> int:

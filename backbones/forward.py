@@ -1,0 +1,121 @@
+"""One forward of a decoder stack in which some layer sees fewer rows than there are.
+
+It carries the hidden states from stage to stage and selects, for each layer, the rows of what the stock
+stack hands it: masks, rotary tables, positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import ShortLayer
+from .families import UnsupportedModelError
+from .masks import select_mask
+from .rows import Rows
+
+_ROW_DIMENSION = {"position_embeddings": -2, "position_ids": -1}
+"""Where the rows are in what a stack hands each layer."""
+
+_ROWLESS = frozenset({"past_key_values", "num_items_in_batch", "labels"})
+"""What reaches the layers but is not read row by row there."""
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds_tensor, value)))
+
+
+def _take(rows: Rows, value: Any, dim: int) -> Any:
+    """The alive rows of a tensor, or of each tensor of a tuple such as (cos, sin)."""
+    if isinstance(value, tuple | list):
+        return type(value)(_take(rows, part, dim) for part in value)
+    return rows.take(value, dim)
+
+
+@dataclass
+class Forward:
+    """One forward of the stack in which some layer sees fewer rows than there are.
+
+    `stages` maps each insert layer of the batch, and 0, to the rows alive from there on; None means all.
+    """
+
+    length: int
+    stages: dict[int, Rows | None]
+    flash: bool
+    entered: Tensor | None = None
+    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
+    rows: Rows | None = None
+    """The rows that the hidden states now hold."""
+    memo: dict[tuple, tuple] = field(default_factory=dict)
+
+    def enter(self, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Hidden states (B, R, D) for layer `layer_idx` from what the layer before it returned."""
+        if layer_idx == 0:
+            self.entered = hidden
+        if layer_idx not in self.stages:
+            return hidden
+        full = self.leave(hidden)
+        self.rows = self.stages[layer_idx]
+        return full if self.rows is None else self.rows.take(full, 1)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """(B, S, D): hidden states at full length again."""
+        assert self.entered is not None
+        return hidden if self.rows is None else self.rows.put(hidden, self.entered)
+
+    def once(self, key: tuple, kept: tuple, make: Callable[[], Any]) -> Any:
+        """`make()`, once for each `key` of ids; `kept` holds what the ids name, so that none is reused."""
+        if key not in self.memo:
+            self.memo[key] = (kept, make())
+        return self.memo[key][1]
+
+    def columns(self, short: ShortLayer | None, past: int, hidden: Tensor) -> tuple[Tensor, bool]:
+        """(B, K) positions of the keys that a layer will hold, -1 for dummies, and whether there are any.
+
+        `short` is the layer's cache where keys were skipped before, `past` the positions seen before.
+        """
+        rows = self.rows
+
+        def make() -> Tensor:
+            batch, device = hidden.shape[0], hidden.device
+            if short is not None:
+                held = short.key_columns()
+            else:
+                held = torch.arange(past, device=device).expand(batch, -1)
+            if rows is None:
+                new = torch.arange(past, past + self.length, device=device).expand(batch, -1)
+            else:
+                new = (past + rows.index).masked_fill(~rows.valid, -1) if rows.ragged else past + rows.index
+            return torch.cat([held, new], dim=1)
+
+        known = None if short is None else short.columns
+        held_length = None if short is None else short.physical_length
+        columns = self.once(("columns", id(rows), id(known), held_length, past), (rows, known), make)
+        return columns, (rows is not None and rows.ragged) or (short is not None and short.ragged)
+
+    def select(self, arguments: dict[str, Any], columns: Tensor, holes: bool) -> dict[str, Any]:
+        """A layer's arguments for the alive rows, each selection made once for a run of layers.
+
+        Raises `UnsupportedModelError` for a tensor whose rows cannot be told.
+        """
+        rows = self.rows
+        chosen = dict(arguments)
+        for name, value in arguments.items():
+            if name == "attention_mask":
+                make = partial(select_mask, value, rows, self.length, columns, holes, self.flash)
+                chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
+            elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
+                continue
+            elif name in _ROW_DIMENSION:
+                take = partial(_take, rows, value, _ROW_DIMENSION[name])
+                chosen[name] = self.once((name, id(value), id(rows)), (value, rows), take)
+            else:
+                raise UnsupportedModelError(
+                    f"this model hands its decoder layers {name!r}, whose rows cannot be selected yet"
+                )
+        return chosen

@@ -1,0 +1,26 @@
+"""What many tests share: the embedded backbone, and instructions rendered once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone():
+    """The backbone that comes with the package, on the CPU; tests leave its insert layer as it was."""
+    from backbones import load_backbone
+
+    return load_backbone("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def rendered_data(tmp_path_factory) -> Path:
+    """`instructions.json` with its images beside it: a few dozen questions of every source."""
+    from envs.rendering import render_instructions
+
+    return render_instructions(tmp_path_factory.mktemp("rendered"), images=24, seed=1)
