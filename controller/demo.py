@@ -1,0 +1,272 @@
+"""`deepinsert demo`: the whole way on the tiny backbone, each step with the options a user would give it.
+
+Every step writes the run folder of its command; a demo that is started again keeps the steps it finds done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backbones.loading import TINY
+from envs.rendering import render_instructions
+
+from .comparison import columns
+from .options import (
+    DemoOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    RecommendOptions,
+    SweepOptions,
+    TrainPolicyOptions,
+)
+from .runs import describe_machine, machine, read_result, same_run, start_run, write_json, write_result
+
+STEPS = ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate")
+INSTRUCTIONS = "instructions.json"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything the demo does; images have about four questions each."""
+
+    train_images: int
+    held_out_images: int
+    sweep_fraction: float
+    episodes: int
+    steps: int
+    batch_size: int
+    timing_repeats: int
+
+
+FULL = Size(
+    train_images=400,
+    held_out_images=160,
+    sweep_fraction=0.2,
+    episodes=40_000,
+    steps=120,
+    batch_size=32,
+    timing_repeats=9,
+)
+QUICK = Size(
+    train_images=30,
+    held_out_images=12,
+    sweep_fraction=0.5,
+    episodes=4_096,
+    steps=4,
+    batch_size=16,
+    timing_repeats=3,
+)
+
+
+def run(options: DemoOptions) -> dict[str, Any]:
+    """Play every step that is not done yet, write `result.json`, and print a table; return the result."""
+    out = start_run(options)
+    size = QUICK if options.quick else FULL
+    began = time.perf_counter()
+    demo = Demo(options, out, size)
+    demo.render()
+    sweep = demo.play("sweep", demo.sweep_options(), "what each insert layer costs without any training")
+    policy = demo.play("train-policy", demo.policy_options(), "learn a layer for each question")
+    advice = demo.play("recommend", demo.recommend_options(), "one layer for all of these questions")
+    layer = int(advice["insert_layer"])
+    finetunes = {
+        "finetune-baseline": (0, "the baseline, image tokens entering at layer 0"),
+        "finetune": (layer, f"the variant, image tokens entering at layer {layer}"),
+    }
+    for name, (insert_layer, aim) in finetunes.items():
+        demo.play(name, demo.finetune_options(name, insert_layer), aim)
+    evaluation = demo.play("evaluate", demo.evaluate_options(tuple(finetunes)), "both on images not seen")
+    result = {
+        "insert_layer": layer,
+        "num_layers": sweep["num_layers"],
+        "skip_weight": options.skip_weight,
+        "recommendation": advice,
+        "policy": {key: policy[key] for key in ("reward", "difference", "share_of_gap", "verdict")},
+        "variants": evaluation["variants"],
+        "seconds": demo.seconds,
+        "seconds_now": time.perf_counter() - began,
+        "machine": machine(),
+    }
+    write_result(out, result)
+    print(summary(result, evaluation, out), flush=True)
+    return result
+
+
+class Demo:
+    """The demo's folder and steps. `seconds` holds how long each step took when it was played."""
+
+    def __init__(self, options: DemoOptions, out: Path, size: Size) -> None:
+        self.options = options
+        self.out = out
+        self.size = size
+        self.seconds: dict[str, float] = {}
+
+    def render(self) -> None:
+        """Draw the images and questions; steps that were made of others, or of other weights, are removed.
+
+        Images are of the side that the tiny backbone has never seen, another seed for those held out.
+        """
+        made_of = {
+            "seed": self.options.seed,
+            "train_images": self.size.train_images,
+            "held_out_images": self.size.held_out_images,
+            "backbone": hashlib.sha256((TINY / "model.safetensors").read_bytes()).hexdigest(),
+        }
+        folder = self.out / "data"
+        print("Step 0 of 6: data - images with questions, drawn here", flush=True)
+        if (folder / "result.json").is_file() and read_result(folder) == made_of:
+            return
+        for step in STEPS:
+            self.remove(step)
+        render_instructions(folder / "train", self.size.train_images, 2 * self.options.seed)
+        render_instructions(folder / "held_out", self.size.held_out_images, 2 * self.options.seed + 1)
+        write_json(folder / "config.json", {"command": "demo", "options": made_of})
+        write_result(folder, made_of)
+
+    def play(self, name: str, options: Any, aim: str) -> dict[str, Any]:
+        """The result of a step, read where it is there and has these options, else made now."""
+        number = STEPS.index(name) + 1
+        print(f"\nStep {number} of {len(STEPS)}: {name} - {aim}", flush=True)
+        folder = self.out / name
+        if not same_run(options):
+            self.remove(name)
+        elif (folder / "result.json").is_file():
+            print(f"done before, in {folder}", flush=True)
+            return read_result(folder)
+        for later in STEPS[number:]:
+            if (self.out / later / "result.json").is_file():
+                self.remove(later)  # made of what this step is about to replace
+        started = time.perf_counter()
+        command = command_module(options)
+        result = command(options)
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+    def remove(self, step: str) -> None:
+        """Remove a step's run folder, if it is one."""
+        if (self.out / step / "config.json").is_file():
+            shutil.rmtree(self.out / step)
+
+    def data(self, part: str) -> Path:
+        return self.out / "data" / part / INSTRUCTIONS
+
+    def sweep_options(self) -> SweepOptions:
+        return SweepOptions(
+            out=self.out / "sweep",
+            data=self.data("train"),
+            fraction=self.size.sweep_fraction,
+            seed=self.options.seed,
+        )
+
+    def policy_options(self) -> TrainPolicyOptions:
+        return TrainPolicyOptions(
+            out=self.out / "train-policy",
+            data=self.data("train"),
+            skip_weight=self.options.skip_weight,
+            steps=self.size.episodes,
+            seed=self.options.seed,
+        )
+
+    def recommend_options(self) -> RecommendOptions:
+        return RecommendOptions(
+            out=self.out / "recommend",
+            policy=self.out / "train-policy",
+            data=self.data("train"),
+            seed=self.options.seed,
+        )
+
+    def finetune_options(self, name: str, insert_layer: int) -> FinetuneOptions:
+        return FinetuneOptions(
+            out=self.out / name,
+            data=self.data("train"),
+            insert_layer=insert_layer,
+            method="full",
+            learning_rate=3e-4,
+            steps=self.size.steps,
+            batch_size=self.size.batch_size,
+            seed=self.options.seed,
+        )
+
+    def evaluate_options(self, variants: tuple[str, ...]) -> EvaluateOptions:
+        return EvaluateOptions(
+            out=self.out / "evaluate",
+            data=self.data("held_out"),
+            variants=tuple(self.out / name for name in variants),
+            timing_repeats=self.size.timing_repeats,
+            seed=self.options.seed,
+        )
+
+
+def command_module(options: Any) -> Callable[[Any], dict[str, Any]]:
+    """The `run` of the command that these options belong to."""
+    from .cli import COMMANDS
+
+    module = next(command.module for command in COMMANDS.values() if command.options is type(options))
+    return importlib.import_module(f".{module}", __package__).run
+
+
+def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> str:
+    """What a newcomer wants to know, in a table and a few sentences."""
+    baseline, variant = evaluation["variants"][:2]
+    layer, layers = result["insert_layer"], result["num_layers"]
+    gain = variant["accuracy_difference"]
+    difference = [100 * gain[key] for key in ("mean", "low", "high")]
+    sentences = [
+        f"The variant's accuracy is {difference[0]:+.1f} points from the baseline's "
+        f"(95 % interval {difference[1]:+.1f} to {difference[2]:+.1f}), and its prefill takes "
+        f"{percent(variant['time_ratio'])} of the time.",
+        result["policy"]["verdict"],
+    ]
+    if layer == 0:
+        sentences.insert(
+            0, "The recommended layer is 0: at this skip weight nothing is worth skipping, so both are alike."
+        )
+    pictures = sorted(out.glob("*/*.png"))
+    return "\n".join(
+        [
+            "",
+            f"The tiny backbone has {layers} decoder layers. Stock, its image tokens go through all of them; in "
+            f"the variant they enter at layer {layer}.",
+            f"Both were finetuned for the same steps and asked {evaluation['prompts']} questions about "
+            f"{evaluation['images']} images that neither had seen.",
+            "",
+            *columns(rows(baseline, variant, layers)),
+            "",
+            *sentences,
+            "",
+            f"Measured on {describe_machine(result['machine'])}.",
+            "Pictures:",
+            *(f"  {picture}" for picture in pictures),
+            f"Took {sum(result['seconds'].values()):.0f} s.",
+        ]
+    )
+
+
+def rows(baseline: dict[str, Any], variant: dict[str, Any], layers: int) -> list[tuple[str, str, str]]:
+    """The table's cells: a line for each figure, baseline and variant side by side."""
+    pair = (baseline, variant)
+    kilobytes = [row["kv_cache_bytes"] / 1000 for row in pair]
+
+    def line(name: str, cells: list[str]) -> tuple[str, str, str]:
+        return (name, *cells)  # type: ignore[return-value]
+
+    return [
+        ("", "baseline", "variant"),
+        line("image tokens enter at layer", [f"{row['insert_layer']} of {layers}" for row in pair]),
+        line("right answers", [f"{100 * row['accuracy']:.1f} %" for row in pair]),
+        line("loss of answers (nats)", [f"{row['loss']:.3f}" for row in pair]),
+        line("computation of a prefill (FLOPs)", [percent(row["flops"] / baseline["flops"]) for row in pair]),
+        line("time of a prefill, measured", [percent(row["time_ratio"]) for row in pair]),
+        line("memory of the KV cache", [percent(size / kilobytes[0]) for size in kilobytes]),
+    ]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

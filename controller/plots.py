@@ -1,0 +1,101 @@
+"""Pictures of the policy's training, of recommendations and of measured times, a function each.
+
+Drawn without pyplot, so no display is needed and nothing stays open.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .runs import describe_machine, save_figure
+
+REWARD_COLOURS = {"performance": "tab:blue", "bonus": "tab:orange", "total": "black"}
+
+
+def policy_rewards(log: str | Path, path: str | Path) -> Path:
+    """The paper's Figure 9: reward of the policy in training, in total and by part, over environment steps.
+
+    `log` is the `progress.csv` that train-policy writes, with the columns `time/total_timesteps`,
+    `reward/total`, `reward/performance` (-loss) and `reward/bonus` (skip weight x bonus).
+    """
+    with Path(log).open(encoding="utf-8", newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("reward/total")]
+    steps = [float(row["time/total_timesteps"]) for row in rows]
+    figure, (axes,) = _figure(1)
+    axes.axhline(0, color="0.6", linewidth=1)
+    labels = {"total": "total reward", "performance": "performance (-loss)", "bonus": "skip bonus, weighted"}
+    for part, colour in REWARD_COLOURS.items():
+        values = [float(row[f"reward/{part}"]) for row in rows]
+        axes.plot(steps, values, color=colour, label=labels[part], linewidth=2.5 if part == "total" else 1.5)
+    axes.set(
+        title="Reward of the layer policy in training",
+        xlabel="environment steps (prompts)",
+        ylabel="mean reward of a rollout (nats)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def recommendation_histogram(
+    insert_layers: Sequence[int], num_layers: int, recommended: int, path: str | Path
+) -> Path:
+    """How many prompts got which layer; `insert_layers` holds one layer for each prompt, of a model with
+    `num_layers` decoder layers, and `recommended` the layer for the whole data set."""
+    counts = np.bincount(insert_layers, minlength=num_layers + 1)
+    figure, (axes,) = _figure(1)
+    bars = axes.bar(range(num_layers + 1), counts, color="0.75")
+    bars[recommended].set_color("tab:blue")
+    axes.bar_label(bars, [str(count) if count else "" for count in counts], fontsize=9)
+    axes.set(
+        title=f"Layers for {len(insert_layers)} prompts; insert layer {recommended} for all of them",
+        xlabel=f"insert layer (of {num_layers} decoder layers)",
+        ylabel="prompts",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.12)
+    return save_figure(figure, path)
+
+
+def prefill_times(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Prefill time by insert layer as a share of the stock model's, beside what the FLOPs allow."""
+    layers = [row["insert_layer"] for row in result["layers"]]
+    ratios = np.array([row["time_ratio"] for row in result["layers"]])
+    low, high = np.array([row["time_ratio_quartiles"] for row in result["layers"]]).T
+    figure, (axes,) = _figure(1)
+    axes.axhline(1, color="0.6", linewidth=1, label=f"stock model, {result['stock']['prefill_ms']:.1f} ms")
+    axes.errorbar(
+        layers, ratios, [ratios - low, high - ratios], marker="o", capsize=3, label="measured (quartiles)"
+    )
+    allowed = [row["flops_ratio"] for row in result["layers"]]
+    axes.plot(layers, allowed, "--", color="0.3", marker="s", markersize=4, label="share of FLOPs")
+    axes.set(
+        title=f"Prefill of {result['rows']} x ({result['text_tokens']} text + {result['multimodal_tokens']} "
+        f"multimodal) tokens\n{describe_machine(result['machine'])}",
+        ylabel="time against the stock model",
+    )
+    axes.set_ylim(bottom=0)
+    _layer_axis(axes)
+    axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def _figure(panels: int, width: float = 6.4, height: float = 4.0) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, panels))
+
+
+def _layer_axis(axes: Axes) -> None:
+    """Insert layers are whole numbers."""
+    axes.set_xlabel("insert layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
