@@ -309,7 +309,7 @@ def _answered(
         through = text if position == last else _render(processor, chat[: position + 1])
         # LLaVA-OneVision writes "assistant \n" before an answer, but "assistant\n" to ask for one.
         shared = before if through.startswith(before) else before.rstrip()
-        said = len(shared) + len(through[len(shared) :]) - len(through[len(shared) :].lstrip())
+        said = _past_space(through, len(shared))
         start = len(before) if shared == before else said
         answer = chat[position]["content"][0]["text"].strip()
         if not (
@@ -334,8 +334,13 @@ def _answered(
 
 def _end_of_turn(text: str, end: int, special: Sequence[str]) -> int:
     """Where the special token that follows `end`, after white space at most, ends; `end` without one."""
-    lead = end + len(text[end:]) - len(text[end:].lstrip())
+    lead = _past_space(text, end)
     return next((lead + len(token) for token in special if text.startswith(token, lead)), end)
+
+
+def _past_space(text: str, position: int) -> int:
+    """The first position from `position` on that holds no white space."""
+    return len(text) - len(text[position:].lstrip())
 
 
 def _writes_bos(tokenizer: Any, texts: Sequence[str]) -> bool:
