@@ -32,8 +32,8 @@ def mean_interval(
     """Mean of `values` (n) with its percentile-bootstrap interval.
 
     `clusters` (n) names what each value belongs to, such as its image; clusters are drawn with replacement
-    and a draw's mean is that of all its values. None makes every value its own cluster. With one cluster there is
-    nothing to draw from: the interval is then the mean itself, and says nothing about uncertainty.
+    and a draw's mean is that of all its values. None makes every value its own cluster. With one cluster
+    there is nothing to draw from: the interval is then the mean itself, and says nothing about uncertainty.
 
     Raises `ValueError` for no value, a value that is not finite, lengths that differ, or a `confidence`
     outside (0, 1).
@@ -88,9 +88,11 @@ def _by_cluster(
     if clusters is None:
         return values, np.ones(len(values))
     if len(clusters) != len(values):
-        raise ValueError(
-            f"{len(values)} values but {len(clusters)} clusters: give one for each value"
-        )
+        raise ValueError(f"{len(values)} values but {len(clusters)} clusters: give one for each value")
     position: dict[Hashable, int] = {}
     index = np.array([position.setdefault(cluster, len(position)) for cluster in clusters])
-    return np.bincount(index, weights=values), np.bincount(index, weights=np.ones(len(values)))
+    return _sums(index, values), _sums(index, np.ones(len(values)))
+
+
+def _sums(index: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.bincount(index, weights=values).astype(np.float64)
