@@ -1,4 +1,4 @@
-"""Instruction files: what LLaVA publishes loads as it is; anything else is a `DatasetError`, never a surprise."""
+"""Instruction files: what LLaVA publishes loads as it is; anything else is a `DatasetError`."""
 
 from __future__ import annotations
 
