@@ -1,0 +1,218 @@
+"""The sweep: its figures, and that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from backbones import CostModel
+from controller import sweep
+from controller.metrics import exact_match
+from controller.options import SweepOptions
+from envs import RewardTable, encode, load_instructions, prompts_from
+
+LAYERS = (0, 3, 8)
+
+
+@pytest.fixture(scope="module")
+def data(rendered_data, tmp_path_factory):
+    """Two records of each source, beside the images of the rendered data."""
+    records = json.loads(rendered_data.read_text())
+    chosen: dict[str, list] = {}
+    for record in records:
+        chosen.setdefault(record.get("image", "text").split("/")[0], []).append(record)
+    path = tmp_path_factory.mktemp("few") / "instructions.json"
+    path.write_text(json.dumps([record for few in chosen.values() for record in few[:2]]))
+    return path
+
+
+def options_for(data, rendered_data, out, **changed):
+    return SweepOptions(
+        **{
+            "data": data,
+            "image_root": rendered_data.parent,
+            "out": out,
+            "insert_layers": "0,3,8",
+            "batch_size": 3,
+            "device": "cpu",
+            **changed,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(data, rendered_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep")
+    sweep.run(options_for(data, rendered_data, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def result(finished):
+    return json.loads((finished / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prompts(data, rendered_data):
+    return prompts_from(load_instructions(data, rendered_data.parent))
+
+
+def test_the_folder_holds_what_the_contract_says(finished, result, prompts):
+    assert {entry.name for entry in finished.iterdir()} == {
+        "config.json",
+        "result.json",
+        "table.npz",
+        "accuracy.npz",
+        "sweep.png",
+    }
+    assert result["insert_layers"] == list(LAYERS)
+    assert result["prompts"] == len(prompts) and result["skipped"] == []
+    assert set(result["per_source"]) == {prompt.source for prompt in prompts}
+    for group in (result, *result["per_source"].values()):
+        assert [row["insert_layer"] for row in group["by_layer"]] == list(LAYERS)
+        for row in group["by_layer"]:
+            assert {"loss", "accuracy", "flops_ratio", "depth"} <= row.keys()
+            for name in ("loss", "loss_difference", "accuracy"):
+                low, high = row[f"{name}_interval"]
+                assert low <= row[name] <= high
+    assert sum(group["prompts"] for group in result["per_source"].values()) == len(prompts)
+    assert sum(group["images"] for group in result["per_source"].values()) == result["images"]
+    assert result["per_source"]["text"]["images"] == 0
+
+
+def test_figures_are_those_of_the_table(tiny_backbone, finished, result, prompts):
+    table = RewardTable(tiny_backbone, prompts, LAYERS, batch_size=3)
+    table.fill()
+    np.testing.assert_array_equal(RewardTable.load(finished / "table.npz").losses, table.losses)
+    for source, group in [(None, result), *result["per_source"].items()]:
+        rows = [row for row, prompt in enumerate(prompts) if source in (None, prompt.source)]
+        losses = table.losses[rows].mean(axis=0)
+        for column, figures in enumerate(group["by_layer"]):
+            assert figures["depth"] == LAYERS[column] / tiny_backbone.num_layers
+            assert figures["loss"] == pytest.approx(losses[column], abs=1e-12)
+            assert figures["loss_difference"] == pytest.approx(losses[column] - losses[0], abs=1e-12)
+
+
+def test_flops_ratio_is_that_of_all_prompts_together(tiny_backbone, result, prompts):
+    costs = CostModel.from_model(tiny_backbone.model)
+    total = np.zeros(len(LAYERS))
+    for prompt in prompts:
+        ids = encode(tiny_backbone.processor, [prompt], with_answers=False)["input_ids"][0].tolist()
+        multimodal = sum(token in tiny_backbone.placeholder_ids for token in ids)
+        counts = (len(ids) - multimodal, multimodal)
+        total += [
+            costs.prefill_flops(*counts, layer, images=len(prompt.images), logits_to_keep=1)
+            for layer in LAYERS
+        ]
+    found = [row["flops_ratio"] for row in result["by_layer"]]
+    np.testing.assert_allclose(found, total / total[0])
+    assert found[0] == 1 and found[2] < found[1] < 1
+    assert [row["flops_ratio"] for row in result["per_source"]["text"]["by_layer"]] == [1, 1, 1]
+
+
+def test_accuracy_is_that_of_greedy_answers_one_by_one(tiny_backbone, result, prompts):
+    right = np.zeros((len(prompts), len(LAYERS)))
+    for row, prompt in enumerate(prompts):
+        batch = prompts[row // 3 * 3 : row // 3 * 3 + 3]
+        tokens = [len(tiny_backbone.tokenizer.tokenize(each.answer)) for each in batch]
+        for column, layer in enumerate(LAYERS):
+            inputs = encode(tiny_backbone.processor, [prompt], with_answers=False, padding_side="left")
+            with torch.no_grad(), tiny_backbone.insert_at(layer):
+                out = tiny_backbone.model.generate(**inputs, do_sample=False, max_new_tokens=max(tokens) + 4)
+            answer = tiny_backbone.tokenizer.decode(
+                out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            right[row, column] = exact_match(answer, prompt.answer)
+    assert [row["accuracy"] for row in result["by_layer"]] == right.mean(axis=0).tolist()
+
+
+def test_answers_at_layers_do_not_depend_on_the_batch(tiny_backbone, prompts):
+    together = sweep.answers_at_layers(tiny_backbone, prompts[:3], LAYERS)
+    longest = max(range(3), key=lambda row: len(tiny_backbone.tokenizer.tokenize(prompts[row].answer)))
+    alone = sweep.answers_at_layers(tiny_backbone, [prompts[longest]], LAYERS)
+    assert [answers[longest] for answers in together] == [answers[0] for answers in alone]
+
+
+def test_a_finished_sweep_is_not_repeated(finished, result, data, rendered_data, monkeypatch, capsys):
+    def no_model(*_args, **_named):
+        raise AssertionError("the backbone was loaded again")
+
+    monkeypatch.setattr(sweep, "load_backbone", no_model)
+    assert sweep.run(options_for(data, rendered_data, finished)) == result
+    shown = capsys.readouterr().out
+    assert "insert layer" in shown and f"{result['by_layer'][1]['loss']:.3f}" in shown
+
+
+@pytest.mark.parametrize("stage", ["losses", "answers"])
+def test_a_killed_sweep_continues(finished, result, data, rendered_data, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(sweep, "SAVE_SECONDS", 0.0)
+    options = options_for(data, rendered_data, tmp_path / "out")
+    blocks = []
+
+    class Killed(Exception):
+        pass
+
+    def after_two(self):
+        blocks.append(1)
+        if len(blocks) > (2 if stage == "losses" else 5):
+            raise Killed
+        self.now()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.Saver, "soon", after_two)
+        with pytest.raises(Killed):
+            sweep.run(options)
+    assert not (options.out / "result.json").exists()
+    assert (options.out / "accuracy.npz").exists() == (stage == "answers")
+    known = ~np.isnan(RewardTable.load(options.out / "table.npz").losses)
+    assert known.any() and known.all() == (stage == "answers")
+
+    computed = []
+    block = RewardTable._compute_block
+    monkeypatch.setattr(
+        RewardTable, "_compute_block", lambda self, *args: (computed.append(args[1]), block(self, *args))[1]
+    )
+    assert json.loads(json.dumps(sweep.run(options))) == result
+    assert len(computed) == (known.shape[0] - known.all(axis=1).sum() + 2) // 3
+    for name in ("table.npz", "accuracy.npz"):
+        with np.load(options.out / name) as mine, np.load(finished / name) as theirs:
+            for key in theirs:
+                np.testing.assert_array_equal(mine[key], theirs[key])
+
+
+def test_another_sweep_s_folder_is_refused(finished, data, rendered_data):
+    with pytest.raises(ValueError, match="insert-layers"):
+        sweep.run(options_for(data, rendered_data, finished, insert_layers="0,3"))
+
+
+def test_losses_of_changed_data_are_refused(finished, data, rendered_data, tmp_path):
+    """The same command on a data file that has changed since must not mix old and new losses."""
+    changed = tmp_path / "instructions.json"
+    changed.write_text(data.read_text())
+    options = options_for(changed, rendered_data, tmp_path / "out", accuracy=False)
+    sweep.run(options)
+    (options.out / "result.json").unlink()
+    changed.write_text(json.dumps(json.loads(data.read_text())[::-1]))
+    with pytest.raises(ValueError, match="other prompts"):
+        sweep.run(options)
+
+
+def test_without_accuracy(data, rendered_data, tmp_path, capsys):
+    result = sweep.run(
+        options_for(data, rendered_data, tmp_path, accuracy=False, sources="coco", insert_layers="0-1")
+    )
+    assert [row["accuracy"] for row in result["by_layer"]] == [None, None]
+    assert set(result["per_source"]) == {"coco"} and result["insert_layers"] == [0, 1]
+    assert (tmp_path / "sweep.png").is_file() and not (tmp_path / "accuracy.npz").exists()
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["0", "1"] and all(" - " in row for row in rows)
+
+
+def test_layers_that_are_not_there_are_named(data, rendered_data, tmp_path):
+    with pytest.raises(ValueError, match=r"--insert-layers '0-9'.*\[9\]"):
+        sweep.run(options_for(data, rendered_data, tmp_path / "out", insert_layers="0-9"))
+    with pytest.raises(ValueError, match="--batch-size 0"):
+        sweep.run(options_for(data, rendered_data, tmp_path / "out", batch_size=0))
