@@ -355,6 +355,7 @@ HOSTILE = st.sampled_from(
         "absolute.png",
         "coco",
         "loop",
+        "broken.png",
         "../secret.png",
         "coco/../../secret.png",
         "coco/%2e%2e/secret.png",
@@ -417,6 +418,9 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (inside / "up").symlink_to("..")
     (inside / "absolute.png").symlink_to(outside / "secret.png")
     (inside / "loop").symlink_to("loop")
+    (inside / "broken.png").write_bytes(b"broken")
+    # What Python and Pillow import on first use is not what is watched below.
+    load_instructions(written(outside, [record(), record("b", "broken.png")]), inside, max_bad=1)
     return inside
 
 
