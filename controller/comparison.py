@@ -201,8 +201,8 @@ def table(result: dict[str, Any]) -> str:
         for row in result["variants"]
     ]
     note = (
-        f"{result['prompts']} prompts about {result['images']} images. FLOPs: prefill against insert layer 0. "
-        f"Time: prefill against {result['baseline']}.\n"
+        f"{result['prompts']} prompts about {result['images']} images. FLOPs: prefill against insert layer "
+        f"0. Time: prefill against {result['baseline']}.\n"
         f"Prefill and decode (per token): batches of {result['variants'][0]['batch_size']}, "
         f"{describe_machine(result['timing']['machine'])}."
     )
@@ -233,7 +233,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         label = f"{row['name']} (layer {row['insert_layer']})"
         scatter.errorbar(row["prefill_ms"], row["accuracy"], error, fmt="o", capsize=3, label=label)
     scatter.set(xlabel="measured prefill of a batch (ms)", ylabel="accuracy", title="Accuracy against time")
-    scatter.set_xlim(left=0)
+    scatter.set_xlim(0, 1.1 * max(row["prefill_ms"] for row in variants))
     scatter.yaxis.set_major_formatter(PercentFormatter(1))
     scatter.legend(frameon=False)
     names = list(variants[0]["per_source"])

@@ -77,7 +77,7 @@ def load_variants(options: EvaluateOptions) -> list[Variant]:
         if not (folder / "result.json").is_file() or not (checkpoint / "config.json").is_file():
             raise ValueError(
                 f"--variants {folder}: not the folder of a finished finetune (it needs result.json and "
-                "checkpoint/); run finetune with that --out, the same command continues a run that was cut off"
+                "checkpoint/); run finetune with that --out, the same command continues a run cut off"
             )
         backbone = load_backbone(checkpoint, device=options.device, dtype=options.dtype)
         found.append(Variant(name, folder, backbone))

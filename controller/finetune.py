@@ -273,6 +273,6 @@ def plot_loss(history: Sequence[dict[str, float]], path: Path, title: str) -> No
     axes.plot(steps, losses, color="0.75", linewidth=1, label="each step")
     axes.plot(steps, means, color="tab:blue", label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="loss on answers (nats)", title=title)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(losses))
     axes.legend(frameon=False)
     save_figure(figure, path)
