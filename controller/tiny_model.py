@@ -129,7 +129,7 @@ def build_processor(seed: int = 0) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Random weights, float32: a CLIP tower of 3 layers, a projector, a Llama of 8 layers, all of width 128."""
+    """Random float32 weights: a CLIP tower of 3 layers, a projector, a Llama of 8 layers; width 128."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=128,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,43 +36,18 @@ COLOURS = {
 }
 SHAPES = ("circle", "rectangle", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-WORDS = tuple(
-    [
-        "stop",
-        "open",
-        "exit",
-        "taxi",
-        "milk",
-        "cafe",
-        "hotel",
-        "bank",
-        "park",
-        "sale",
-        "shop",
-        "food",
-        "zoo",
-        "book",
-        "fish",
-        "bread",
-        "train",
-        "north",
-        "south",
-        "east",
-        "west",
-        "music",
-        "pizza",
-        "juice",
-        "water",
-        "night",
-        "king",
-        "gold",
-        "tea",
-        "bus",
-        "map",
-        "sun",
-    ]
+WORDS = (
+    *("stop", "open", "exit", "taxi", "milk", "cafe", "hotel", "bank", "park", "sale", "shop"),
+    *("food", "zoo", "book", "fish", "bread", "train", "north", "south", "east", "west", "music"),
+    *("pizza", "juice", "water", "night", "king", "gold", "tea", "bus", "map", "sun"),
 )
-SOURCES = ("coco", "textvqa", "gqa")
+KINDS = {
+    "coco": ("caption", "color", "shape", "size"),
+    "textvqa": ("word", "digit", "place"),
+    "gqa": ("count", "exist", "place", "relation"),
+}
+"""Kinds of questions asked about the pictures of each source."""
+SOURCES = tuple(KINDS)
 
 Side = Literal["train", "held_out"]
 
@@ -139,27 +114,18 @@ def _shapes(rng: random.Random, count: int, shapes: list[str]) -> tuple[Item, ..
     for place, shape, colour in zip(places, shapes, colours, strict=True):
         size = rng.choice(("small", "large"))
         side = rng.randint(11, 15) if size == "small" else rng.randint(22, 28)
-        items.append(_item(rng, shape, colour, size, place, side, side))
+        items.append(_item(rng, shape, colour, size, place, side))
     return tuple(items)
 
 
 def _item(
-    rng: random.Random,
-    what: str,
-    colour: str,
-    size: str,
-    place: int,
-    width: int,
-    height: int,
-    sample: int = -1,
+    rng: random.Random, what: str, colour: str, size: str, place: int, side: int, sample: int = -1
 ) -> Item:
-    column, row = place % 2, place // 2
-    left = column * 32 + rng.randint(1, 31 - width)
-    top = row * 32 + rng.randint(1, 31 - height)
+    """An item `side` pixels wide and high, anywhere inside its quarter of the image."""
+    left = place % 2 * 32 + rng.randint(1, 31 - side)
+    top = place // 2 * 32 + rng.randint(1, 31 - side)
     red, green, blue = (min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[colour])
-    return Item(
-        what, colour, (red, green, blue), size, place, (left, top, left + width, top + height), sample
-    )
+    return Item(what, colour, (red, green, blue), size, place, (left, top, left + side, top + side), sample)
 
 
 def _compose_textvqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
@@ -167,7 +133,7 @@ def _compose_textvqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
     dark = ("red", "blue", "teal", "black", "brown")
     sample = rng.choice(_digit_samples(side))
     digit_place = rng.randrange(4)
-    digit = _item(rng, str(_digits()[1][sample]), rng.choice(dark), "large", digit_place, 28, 28, sample)
+    digit = _item(rng, str(_digits()[1][sample]), rng.choice(dark), "large", digit_place, 28, sample)
     word = rng.choice(WORDS)
     height = rng.choice((17, 18, 19))
     width = round(ImageFont.load_default(height).getlength(word))
@@ -219,30 +185,17 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
-def questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Questions with certain answers about a scene, in random order."""
-    ask = {"coco": _ask_coco, "textvqa": _ask_textvqa, "gqa": _ask_gqa}[scene.source]
-    asked = list(dict.fromkeys(ask(scene, rng)))
+def questions(scene: Scene, rng: random.Random, kinds: Collection[str] = ()) -> list[Question]:
+    """Questions with certain answers about a scene, in random order; by default of its source's `kinds`."""
+    kinds = kinds or KINDS[scene.source]
+    ask = _ask_text if scene.source == "textvqa" else _ask_shapes
+    asked = [question for question in dict.fromkeys(ask(scene.items, rng)) if question.kind in kinds]
     rng.shuffle(asked)
     return asked
 
 
-def _ask_coco(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    items = scene.items
-    caption = " and ".join(f"a {item.size} {item.colour} {item.what}" for item in items)
-    yield Question("caption", rng.choice(("Describe the image.", "What is in the image?")), caption)
-    for item in items:
-        alone = len(items) == 1
-        shape = rng.choice((item.what, "shape")) if alone else item.what
-        form = rng.choice(("What color is the {}?", "What is the color of the {}?"))
-        yield Question("color", form.format(shape), item.colour)
-        plain = rng.choice(("What shape is in the image?", "What shape is present?"))
-        yield Question("shape", plain if alone else f"What is the {item.colour} shape?", item.what)
-        yield Question("size", f"Is the {item.what} small or large?", item.size)
-
-
-def _ask_textvqa(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    word, digit = scene.items
+def _ask_text(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    word, digit = items
     for form in ("What word is written?", "What does the sign say?"):
         yield Question("word", form, word.what)
     for form in ("What digit is drawn?", "Which number is handwritten?"):
@@ -250,23 +203,16 @@ def _ask_textvqa(scene: Scene, rng: random.Random) -> Iterator[Question]:
     yield Question("place", "Where is the digit?", PLACES[digit.place])
 
 
-def _ask_gqa(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    items = scene.items
+def _ask_shapes(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
     yield Question("count", "How many shapes are there?", str(len(items)))
     shape = rng.choice((rng.choice(items).what, rng.choice(SHAPES)))
     yield Question("count", f"How many {plural(shape)} are there?", str(sum(i.what == shape for i in items)))
-    for name, present, every in (
-        ("{} shape", {i.colour for i in items}, COLOURS),
-        ("{}", {i.what for i in items}, SHAPES),
-    ):
-        absent = sorted(set(every) - present)
-        for answer, pool in (("yes", sorted(present)), ("no", absent)):
-            if pool:
-                what = name.format(rng.choice(pool))
-                form = rng.choice(("Is there a {}?", "Does the image contain a {}?"))
-                yield Question("exist", form.format(what), answer)
+    if len(items) <= 2:
+        caption = " and ".join(f"a {item.size} {item.colour} {item.what}" for item in items)
+        yield Question("caption", rng.choice(("Describe the image.", "What is in the image?")), caption)
     for item in items:
-        yield Question("place", f"Where is the {_refer(item, items, rng)}?", PLACES[item.place])
+        yield from _ask_attributes(item, items, rng)
+    yield from _ask_existence(items, rng)
     for _ in range(2 * len(items) - 2):
         one, other = rng.sample(items, 2)
         between = f"the {_refer(one, items, rng)} {{}} the {_refer(other, items, rng)}?"
@@ -276,6 +222,30 @@ def _ask_gqa(scene: Scene, rng: random.Random) -> Iterator[Question]:
         if one.place // 2 != other.place // 2:
             answer = "above" if one.place < other.place else "below"
             yield Question("relation", "Is " + between.format("above or below"), answer)
+
+
+def _ask_attributes(item: Item, items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    alone = len(items) == 1
+    if sum(other.what == item.what for other in items) == 1:
+        form = rng.choice(("What color is the {}?", "What is the color of the {}?"))
+        name = rng.choice((item.what, "shape")) if alone else item.what
+        yield Question("color", form.format(name), item.colour)
+    plain = rng.choice(("What shape is in the image?", "What shape is present?"))
+    yield Question("shape", plain if alone else f"What is the {item.colour} shape?", item.what)
+    yield Question("size", f"Is the {_refer(item, items, rng)} small or large?", item.size)
+    yield Question("place", f"Where is the {_refer(item, items, rng)}?", PLACES[item.place])
+
+
+def _ask_existence(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    """As many questions whose answer is yes as no, unless every shape is there."""
+    for name, present, every in (
+        ("{} shape", {item.colour for item in items}, COLOURS),
+        ("{}", {item.what for item in items}, SHAPES),
+    ):
+        for answer, pool in (("yes", sorted(present)), ("no", sorted(set(every) - present))):
+            if pool:
+                form = rng.choice(("Is there a {}?", "Does the image contain a {}?"))
+                yield Question("exist", form.format(name.format(rng.choice(pool))), answer)
 
 
 def _refer(item: Item, items: tuple[Item, ...], rng: random.Random) -> str:

@@ -1,1 +1,1 @@
-"""The embedded tiny backbone: weights, tokenizer and processor in the published format, and its model card."""
+"""The embedded tiny backbone: weights, tokenizer and processor in the published format."""
