@@ -22,7 +22,7 @@ from envs.prompts import Prompt, prompts_from
 from envs.rewards import RewardTable, save_arrays
 
 from .answers import generation_inputs
-from .finetune import read_data
+from .data import read_data
 from .metrics import exact_match
 from .options import SweepOptions, parse_layers
 from .runs import progress, read_result, save_figure, start_run, write_result
@@ -178,7 +178,7 @@ def group_figures(
 def summary(result: dict[str, Any]) -> str:
     """The result as a short table for a terminal."""
     lines = [
-        f"{result['prompts']} prompts, {result['images']} images, untouched backbone; 95 % intervals by image",
+        f"{result['prompts']} prompts, {result['images']} images, untouched backbone; 95 % intervals",
         f"{'insert layer':>12}  {'loss (nats)':^24}  {'accuracy':^24}  {'FLOPs':>6}",
     ]
     for row in result["by_layer"]:
@@ -214,8 +214,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     if "accuracy" in metrics:
         panels[1].yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].legend(frameon=False, title=f"{result['prompts']} prompts, 95 % intervals")
-    figure.suptitle(f"Untouched backbone of {result['num_layers']} layers, by insert layer")
+        panels[1].set_ylim(-0.02, 1.02)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
+    figure.suptitle(
+        f"Untouched backbone of {result['num_layers']} layers; {result['prompts']} prompts, 95 % intervals"
+    )
     save_figure(figure, path)
 
 
