@@ -7,20 +7,16 @@ names file, record and field.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar, overload
+from typing import Protocol, TypeVar, overload
 
-from .media import DatasetError, check_image, normal_path
+from .llava_json import ROLES, Draft, read_drafts
+from .media import DatasetError, check_image
 
 IMAGE_MARK = "<image>"
-TEXT_SOURCE = "text"
-
-_ROLES = ("human", "gpt")
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,7 @@ def load_instructions(
     if not root.is_dir():
         raise DatasetError(f"image root {str(root)!r} is not a folder; name it with --image-root")
 
-    drafts = [_draft(path, index, item) for index, item in enumerate(_read_items(path))]
-    drafts = _of_sources(path, drafts, sources)
+    drafts = _of_sources(path, read_drafts(path), sources)
     drafts = _fraction_of(drafts, fraction, seed)
 
     notes: Counter[str] = Counter()
@@ -213,117 +208,10 @@ def _connected(items: Sequence[HasImageKey]) -> dict[str, list[int]]:
     return groups
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A record whose structure is right, before its images and the order of its turns are looked at."""
-
-    id: str
-    images: tuple[str, ...]
-    said: tuple[tuple[str, str], ...]
-    source: str
-    index: int
-
-    def skipped(self, field: str, reason: str) -> Skipped:
-        return Skipped(self.id, self.index, field, reason)
-
-
-def _read_items(path: Path) -> list[Any]:
-    """The file's records as plain JSON values."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8 JSON") from error
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{str(path)!r} cannot be read: {error}") from error
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        return [_parse(f"{path}, line {number}", line) for number, line in lines]
-    items = _parse(str(path), text)
-    if not isinstance(items, list):
-        raise DatasetError(
-            f"{path}: a JSON {_kind(items)} instead of a list of records; "
-            "LLaVA's format is one list (or one object a line in a file named .jsonl)"
-        )
-    return items
-
-
-def _parse(where: str, text: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError as error:
-        raise DatasetError(f"{where}: nested too deeply for instruction data") from error
-    except ValueError as error:
-        raise DatasetError(
-            f"{where}: not JSON ({error}); is the file cut off, or of another format?"
-        ) from error
-
-
-def _draft(path: Path, index: int, item: Any) -> _Draft:
-    """Check a record's structure; nothing is read from the disk."""
-
-    def refuse(name: str, field: str, problem: str) -> NoReturn:
-        raise DatasetError(f"{path}, record {index}{name}, field {field!r}: {problem}")
-
-    if not isinstance(item, dict):
-        refuse("", "record", f"a JSON object is wanted, not {_kind(item)}")
-    label = item.get("id")
-    label = str(index) if label is None else label
-    if isinstance(label, float) and isfinite(label) and label.is_integer():
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, (str, int)):
-        refuse("", "id", f"text or a whole number is wanted, not {_kind(label)}")
-    label = str(label)
-    if not _is_unicode(label):
-        refuse("", "id", "broken Unicode (a lone surrogate); mend or remove it")
-    name = f" (id {label!r})"
-
-    images = item.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        refuse(name, "image", "a path or a list of paths is wanted")
-
-    said = item.get("conversations")
-    if not isinstance(said, list):
-        refuse(name, "conversations", f"a list of turns is wanted, not {_kind(said)}")
-    turns = []
-    for position, turn in enumerate(said):
-        field = f"conversations[{position}]"
-        if not isinstance(turn, dict):
-            refuse(name, field, f'{{"from": ..., "value": ...}} is wanted, not {_kind(turn)}')
-        role, value = turn.get("from"), turn.get("value")
-        if role not in _ROLES:
-            refuse(name, f"{field}.from", f'"human" or "gpt" is wanted, not {_shown(role)}')
-        if not isinstance(value, str):
-            refuse(name, f"{field}.value", f"text is wanted, not {_kind(value)}")
-        if not _is_unicode(value):
-            refuse(name, f"{field}.value", "broken Unicode (a lone surrogate); mend or remove it")
-        turns.append((role, value))
-    plain = tuple(_without_dots(image) for image in images)
-    return _Draft(label, plain, tuple(turns), _source_of(plain), index)
-
-
-def _without_dots(image: str) -> str:
-    """One spelling for one good path; a path that is refused later stays as it is, to be shown."""
-    try:
-        return normal_path(image)
-    except DatasetError:
-        return image
-
-
-def _source_of(images: Sequence[str]) -> str:
-    if not images:
-        return TEXT_SOURCE
-    folder, slash, _ = images[0].partition("/")
-    return folder if slash else "."
-
-
-def _of_sources(path: Path, drafts: list[_Draft], sources: Sequence[str] | None) -> list[_Draft]:
+def _of_sources(path: Path, drafts: list[Draft], sources: Sequence[str] | None) -> list[Draft]:
     if sources is None:
         return drafts
-    kept: dict[int, _Draft] = {}
+    kept: dict[int, Draft] = {}
     for source in sources:
         prefix = source.rstrip("/") + "/"
         found = [
@@ -339,7 +227,7 @@ def _of_sources(path: Path, drafts: list[_Draft], sources: Sequence[str] | None)
     return [kept[index] for index in sorted(kept)]
 
 
-def _fraction_of(drafts: list[_Draft], fraction: float, seed: int) -> list[_Draft]:
+def _fraction_of(drafts: list[Draft], fraction: float, seed: int) -> list[Draft]:
     if fraction == 1 or not drafts:
         return drafts
     count = max(1, round(fraction * len(drafts)))
@@ -350,7 +238,7 @@ def _fraction_of(drafts: list[_Draft], fraction: float, seed: int) -> list[_Draf
 
 
 def _usable(
-    draft: _Draft, root: Path, checked: dict[str, str | None], notes: Counter[str]
+    draft: Draft, root: Path, checked: dict[str, str | None], notes: Counter[str]
 ) -> Record | Skipped:
     """The record, or why it has to be left out. `checked` remembers images' faults (None: in order)."""
     said = draft.said
@@ -361,10 +249,10 @@ def _usable(
     if said and said[-1][0] == "human":
         said = said[:-1]
         mended.append("trailing human turn dropped")
-    if any(role != _ROLES[position % 2] for position, (role, _) in enumerate(said)):
-        return draft.skipped("conversations", "human and gpt turns do not alternate")
+    if any(role != ROLES[position % 2] for position, (role, _) in enumerate(said)):
+        return _skip(draft, "conversations", "human and gpt turns do not alternate")
     if not said:
-        return draft.skipped("conversations", "no question with an answer")
+        return _skip(draft, "conversations", "no question with an answer")
     turns = tuple(Turn(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2))
 
     if draft.images:
@@ -372,14 +260,18 @@ def _usable(
         if marks == 0:
             mended.append("images without an <image> mark put before the first question")
         elif marks != len(draft.images):
-            return draft.skipped("image", f"{marks} {IMAGE_MARK} marks for {len(draft.images)} images")
+            return _skip(draft, "image", f"{marks} {IMAGE_MARK} marks for {len(draft.images)} images")
     for image in draft.images:
         if image not in checked:
             checked[image] = _fault(root, image)
         if (fault := checked[image]) is not None:
-            return draft.skipped("image", fault)
+            return _skip(draft, "image", fault)
     notes.update(mended)
     return Record(draft.id, draft.images, turns, draft.source, draft.index)
+
+
+def _skip(draft: Draft, field: str, reason: str) -> Skipped:
+    return Skipped(draft.id, draft.index, field, reason)
 
 
 def _fault(root: Path, image: str) -> str | None:
@@ -403,21 +295,3 @@ def _refuse_too_many(path: Path, skipped: list[Skipped], total: int, max_bad: fl
 
 def _digest(seed: int, text: str) -> bytes:
     return hashlib.blake2b(f"{seed}\n{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
-    return names.get(type(value), "a number")
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else _kind(value)
-    return repr(text[:40]) if isinstance(value, str) else text
