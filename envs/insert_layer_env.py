@@ -83,6 +83,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+    _spec: EnvSpec | None = None
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         skip_weight: float = 0.5,
         bonus: Bonus = "depth",
         batch_size: int = 32,
-        render_mode: None = None,
+        render_mode: str | None = None,
     ) -> None:
         if (backbone is None) != (prompts is None) or (table is None) != (observations is None):
             raise TypeError("backbone and prompts go together, and so do table and observations")
@@ -133,8 +134,6 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if spec is not None:
             spec.kwargs = _Shared(spec.kwargs)
         self._spec = spec
-
-    _spec: EnvSpec | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

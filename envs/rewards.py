@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 
 Bonus = Literal["depth", "flops"]
 FloatArray = NDArray[np.float64]
+
+FIELDS = (
+    "losses",
+    "flops",
+    "insert_layers",
+    "num_layers",
+    "sources",
+    "image_keys",
+    "prompt_ids",
+    "identity",
+)
+"""Arrays of a saved table."""
 
 
 class RewardTable:
@@ -239,9 +252,17 @@ class RewardTable:
 
     @classmethod
     def load(cls, path: str | Path) -> RewardTable:
-        """Read a saved table. It has no backbone; `restore` a partial one into a new table to go on."""
-        with np.load(path, allow_pickle=False) as file:
-            content = dict(file)
+        """Read a saved table. It has no backbone; `restore` a partial one into a new table to go on.
+
+        Raises `ValueError` where the file is not a reward table.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = {name: file[name] for name in FIELDS}
+        except (KeyError, ValueError, EOFError, BadZipFile) as error:
+            raise ValueError(
+                f"{path} is not a reward table ({error}); remove it to compute it anew"
+            ) from error
         table = cls.from_losses(
             content["losses"],
             content["insert_layers"].tolist(),
@@ -262,7 +283,7 @@ class RewardTable:
         batch size.
         """
         saved = RewardTable.load(path)
-        if saved.identity != self.identity:
+        if not self.identity or saved.identity != self.identity:
             raise ValueError(
                 f"{path} was computed with another backbone, other prompts, insert layers or batch size; "
                 "remove it or choose another folder"

@@ -218,6 +218,16 @@ def test_ppo_on_gymnasium_make(table, observations):
     assert rewards.min() <= mean <= rewards.max()
 
 
+def test_gymnasium_make_vec(table, observations):
+    vec = gymnasium.make_vec(ENV_ID, num_envs=3, table=table, observations=observations)
+    start, infos = vec.reset(seed=0)
+    assert start.shape == (3, WIDTH)
+    _, rewards, terminated, truncated, _ = vec.step(np.array([0, 1, 3]))
+    expected = table.rewards(0.5)[infos["prompt"], [0, 1, 3]]
+    np.testing.assert_allclose(rewards, expected)
+    assert terminated.all() and not truncated.any()
+
+
 # The vector environment
 
 

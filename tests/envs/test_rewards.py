@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backbones import CostModel, load_backbone
-from envs import Prompt, RewardTable, encode, load_instructions, prompts_from
+from envs import Prompt, RewardTable, block_forward, encode, load_instructions, prompts_from
 
 LAYERS = (0, 3, 8)
 BATCH = 4
@@ -99,6 +99,21 @@ def test_known_losses_are_not_computed_again(tiny_backbone, prompts):
         handle.remove()
 
 
+def test_filling_encodes_each_block_once(tiny_backbone, prompts, monkeypatch):
+    encoded = []
+
+    def counting(processor, batch, **named):
+        encoded.append(len(batch))
+        return encode(processor, batch, **named)
+
+    monkeypatch.setattr(block_forward, "encode", counting)
+    table = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
+    table.fill()
+    assert encoded == [4, 4, 2]
+    assert table.flops.shape == (len(prompts), len(LAYERS))
+    assert len(encoded) == 3
+
+
 def test_a_resume_gives_the_same_bits(tiny_backbone, prompts, table, tmp_path):
     path = tmp_path / "table.npz"
     partial = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
@@ -142,6 +157,35 @@ def test_save_and_load(table, tmp_path):
     np.testing.assert_array_equal(loaded.bonus("flops"), table.bonus("flops"))
     for name in ("insert_layers", "num_layers", "sources", "image_keys", "prompt_ids", "identity"):
         assert getattr(loaded, name) == getattr(table, name)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half"])
+def test_a_file_that_is_no_table_is_named(tmp_path, content):
+    path = tmp_path / "table.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"table\.npz is not a reward table"):
+        RewardTable.load(path)
+
+
+def test_another_archive_is_no_table(tmp_path):
+    np.savez(tmp_path / "table.npz", losses=np.zeros((1, 1)))
+    with pytest.raises(ValueError, match="is not a reward table"):
+        RewardTable.load(tmp_path / "table.npz")
+
+
+def test_a_table_holding_a_pickle_is_not_read(table, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "sprung"), "w")
+
+    table.save(tmp_path / "table.npz")
+    with np.load(tmp_path / "table.npz") as file:
+        content = dict(file)
+    content["identity"] = np.array([Trap()], dtype=object)
+    np.savez(tmp_path / "table.npz", **content)
+    with pytest.raises(ValueError, match="is not a reward table"):
+        RewardTable.load(tmp_path / "table.npz")
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_a_failed_save_leaves_the_old_file(table, tmp_path, monkeypatch):
