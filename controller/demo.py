@@ -55,13 +55,13 @@ FULL = Size(
     timing_repeats=9,
 )
 QUICK = Size(
-    train_images=30,
-    held_out_images=12,
-    sweep_fraction=0.5,
+    train_images=18,
+    held_out_images=9,
+    sweep_fraction=0.3,
     episodes=4_096,
-    steps=4,
-    batch_size=16,
-    timing_repeats=3,
+    steps=3,
+    batch_size=8,
+    timing_repeats=1,
 )
 
 
@@ -69,7 +69,6 @@ def run(options: DemoOptions) -> dict[str, Any]:
     """Play every step that is not done yet, write `result.json`, and print a table; return the result."""
     out = start_run(options)
     size = QUICK if options.quick else FULL
-    began = time.perf_counter()
     demo = Demo(options, out, size)
     demo.render()
     sweep = demo.play("sweep", demo.sweep_options(), "what each insert layer costs without any training")
@@ -91,7 +90,6 @@ def run(options: DemoOptions) -> dict[str, Any]:
         "policy": {key: policy[key] for key in ("reward", "difference", "share_of_gap", "verdict")},
         "variants": evaluation["variants"],
         "seconds": demo.seconds,
-        "seconds_now": time.perf_counter() - began,
         "machine": machine(),
     }
     write_result(out, result)
@@ -100,13 +98,14 @@ def run(options: DemoOptions) -> dict[str, Any]:
 
 
 class Demo:
-    """The demo's folder and steps. `seconds` holds how long each step took when it was played."""
+    """The demo's folder and steps. `seconds` is how long each step took, in this start or an earlier one."""
 
     def __init__(self, options: DemoOptions, out: Path, size: Size) -> None:
         self.options = options
         self.out = out
         self.size = size
-        self.seconds: dict[str, float] = {}
+        finished = (out / "result.json").is_file()
+        self.seconds: dict[str, float] = read_result(out)["seconds"] if finished else {}
 
     def render(self) -> None:
         """Draw the images and questions; steps that were made of others, or of other weights, are removed.
@@ -199,6 +198,7 @@ class Demo:
             out=self.out / "evaluate",
             data=self.data("held_out"),
             variants=tuple(self.out / name for name in variants),
+            batch_size=self.size.batch_size,
             timing_repeats=self.size.timing_repeats,
             seed=self.options.seed,
         )
@@ -216,11 +216,10 @@ def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> st
     """What a newcomer wants to know, in a table and a few sentences."""
     baseline, variant = evaluation["variants"][:2]
     layer, layers = result["insert_layer"], result["num_layers"]
-    gain = variant["accuracy_difference"]
-    difference = [100 * gain[key] for key in ("mean", "low", "high")]
+    low, high = variant["accuracy_difference_interval"]
     sentences = [
-        f"The variant's accuracy is {difference[0]:+.1f} points from the baseline's "
-        f"(95 % interval {difference[1]:+.1f} to {difference[2]:+.1f}), and its prefill takes "
+        f"In right answers the variant is {100 * variant['accuracy_difference']:+.1f} points from the "
+        f"baseline (95 % interval {100 * low:+.1f} to {100 * high:+.1f}); its prefill takes "
         f"{percent(variant['time_ratio'])} of the time.",
         result["policy"]["verdict"],
     ]
@@ -228,12 +227,12 @@ def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> st
         sentences.insert(
             0, "The recommended layer is 0: at this skip weight nothing is worth skipping, so both are alike."
         )
-    pictures = sorted(out.glob("*/*.png"))
+    pictures = [picture for step in STEPS for picture in sorted((out / step).glob("*.png"))]
     return "\n".join(
         [
             "",
-            f"The tiny backbone has {layers} decoder layers. Stock, its image tokens go through all of them; in "
-            f"the variant they enter at layer {layer}.",
+            f"The tiny backbone has {layers} decoder layers. In the baseline, image tokens go through all of "
+            f"them; in the variant they enter at layer {layer}.",
             f"Both were finetuned for the same steps and asked {evaluation['prompts']} questions about "
             f"{evaluation['images']} images that neither had seen.",
             "",

@@ -35,15 +35,15 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"--insert-layers {text!r}: {part!r} is neither a layer nor a range such as 0-7")
-        layers.update(range(int(first), int(last or first) + 1))
-    outside = [layer for layer in sorted(layers) if layer > num_layers]
-    if outside or not layers:
-        raise ValueError(
-            f"--insert-layers {text!r}: {outside or 'no layer'} is outside 0 to {num_layers}, "
-            f"the insert layers of a model with {num_layers} decoder layers"
-        )
+        if int(last) > num_layers:
+            raise ValueError(
+                f"--insert-layers {text!r}: {part!r} is outside 0 to {num_layers}, "
+                f"the insert layers of a model with {num_layers} decoder layers"
+            )
+        layers.update(range(int(first), int(last) + 1))
     return tuple(sorted(layers))
 
 

@@ -1,0 +1,118 @@
+"""Options: one meaning per word, wrong values named before anything is loaded, and no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from controller import options
+from controller.options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    RecommendOptions,
+    SweepOptions,
+    TrainPolicyOptions,
+    parse_layers,
+    parse_share,
+    parse_sources,
+)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "instructions.json"
+    path.write_text("[]")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("all", (0, 1, 2, 3)), ("0-2", (0, 1, 2)), ("2,0", (0, 2)), ("0-1,4", (0, 1, 4)), (" 1 , 1-2 ", (1, 2))],
+)
+def test_layers_are_read(text, layers):
+    assert parse_layers(text, 4) == layers
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1-", "-1", "2-1", "0-9", "1;2", "1.5", "0--1", "¹", "0-999999999999"]
+)
+def test_what_is_no_layer_is_refused(text):
+    with pytest.raises(ValueError, match="--insert-layers"):
+        parse_layers(text, 4)
+
+
+@pytest.mark.parametrize(("text", "share"), [("0.5%", 0.005), ("0.005", 0.005), ("0", 0), ("100%", 1)])
+def test_shares_are_read(text, share):
+    assert parse_share(text, "--max-bad") == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "%", "half", "-1%", "101%", "1.5", "nan", "inf"])
+def test_what_is_no_share_is_refused(text):
+    with pytest.raises(ValueError, match="--max-bad"):
+        parse_share(text, "--max-bad")
+
+
+def test_sources_are_read():
+    assert parse_sources("coco, gqa,") == ("coco", "gqa")
+    assert parse_sources("") is None
+
+
+def test_good_options_pass(data, tmp_path):
+    (tmp_path / "policy.json").write_text("{}")
+    (tmp_path / "result.json").write_text("{}")
+    options.check(SweepOptions(out=tmp_path, data=data, insert_layers="0-7,9"))
+    options.check(TrainPolicyOptions(out=tmp_path, data=data, fraction=0.1, max_bad="2%"))
+    options.check(RecommendOptions(out=tmp_path, policy=tmp_path, prompt="What is this?"))
+    options.check(RecommendOptions(out=tmp_path, policy=tmp_path, data=data))
+    options.check(FinetuneOptions(out=tmp_path, data=data, insert_layer=3))
+    options.check(EvaluateOptions(out=tmp_path, data=data, variants=(tmp_path, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda data: SweepOptions(out=data, data=data.parent / "no.json"), "--data .*no.json"),
+        (lambda data: SweepOptions(out=data, data=data, image_root=data), "--image-root"),
+        (lambda data: SweepOptions(out=data, data=data, insert_layers="3-z"), "--insert-layers '3-z'"),
+        (lambda data: SweepOptions(out=data, data=data, max_bad="7"), "--max-bad '7'"),
+        (lambda data: SweepOptions(out=data, data=data, fraction=0.0), "--fraction 0.0"),
+        (lambda data: SweepOptions(out=data, data=data, fraction=float("nan")), "--fraction nan"),
+        (lambda data: SweepOptions(out=data, data=data, batch_size=0), "--batch-size 0"),
+        (lambda data: SweepOptions(out=data, data=data, backbone="./no"), "--backbone ./no"),
+        (lambda data: TrainPolicyOptions(out=data, data=data, skip_weight=-1), "--skip-weight -1"),
+        (lambda data: TrainPolicyOptions(out=data, data=data, skip_weight=float("inf")), "--skip-weight inf"),
+        (lambda data: TrainPolicyOptions(out=data, data=data, held_out=1), "--held-out 1"),
+        (lambda data: FinetuneOptions(out=data, data=data, insert_layer=-1), "--insert-layer -1"),
+        (lambda data: FinetuneOptions(out=data, data=data, steps=0), "--steps 0"),
+        (lambda data: EvaluateOptions(out=data, data=data, variants=(data.parent,)), "--variants"),
+        (lambda data: RecommendOptions(out=data, policy=data.parent, prompt="?"), "--policy"),
+        (lambda data: RecommendOptions(out=data, policy=data.parent), "--prompt .* or --data"),
+        (
+            lambda data: RecommendOptions(out=data, policy=data, prompt="?", data=data),
+            "--prompt .* or --data",
+        ),
+    ],
+)
+def test_wrong_values_are_named(make, named, data):
+    with pytest.raises(ValueError, match=named):
+        options.check(make(data))
+
+
+def test_every_option_has_a_description():
+    """An option without its docstring would be a line without words in `--help`."""
+    source = Path(options.__file__).read_text("utf-8").splitlines()
+    for kind in vars(options).values():
+        if isinstance(kind, type) and kind.__name__.endswith("Options"):
+            for field in fields(kind):
+                lines = [at for at, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
+                assert lines and all(source[at + 1].strip().startswith('"""') for at in lines), field.name
+
+
+def test_importing_options_loads_no_torch():
+    program = "import sys, controller.options; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "False"]
