@@ -45,24 +45,33 @@ def policy_rewards(log: str | Path, path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-def recommendation_histogram(
-    insert_layers: Sequence[int], num_layers: int, recommended: int, path: str | Path
-) -> Path:
-    """How many prompts got which layer; `insert_layers` holds one layer for each prompt, of a model with
-    `num_layers` decoder layers, and `recommended` the layer for the whole data set."""
-    counts = np.bincount(insert_layers, minlength=num_layers + 1)
+def plot_recommendation(result: Mapping[str, Any], path: str | Path) -> Path:
+    """How many prompts of each source got which layer, and the layer recommended for all of them.
+
+    `result` is that of recommend for a data set: `histogram` (counts by source and layer), `insert_layers`,
+    `num_layers`, `insert_layer`, `mean_insert_layer` and its `confidence_interval`.
+    """
+    layers = list(result["insert_layers"])
     figure, (axes,) = _figure(1)
-    bars = axes.bar(range(num_layers + 1), counts, color="0.75")
-    bars[recommended].set_color("tab:blue")
-    axes.bar_label(bars, [str(count) if count else "" for count in counts], fontsize=9)
+    below = np.zeros(len(layers))
+    for source, counts in result["histogram"].items():
+        heights = np.array([counts[str(layer)] for layer in layers])
+        axes.bar(layers, heights, bottom=below, label=source, width=0.7)
+        below += heights
+    for layer, height in zip(layers, below, strict=True):
+        if height:
+            axes.annotate(f"{height:.0f}", (layer, height), ha="center", va="bottom", fontsize=9)
+    mean, (low, high) = result["mean_insert_layer"], result["confidence_interval"]
+    axes.axvline(mean, color="black", linewidth=1.2, label=f"mean {mean:.2f} ({low:.2f} to {high:.2f})")
     axes.set(
-        title=f"Layers for {len(insert_layers)} prompts; insert layer {recommended} for all of them",
-        xlabel=f"insert layer (of {num_layers} decoder layers)",
+        title=f"Layers for {below.sum():.0f} prompts; recommended for all: {result['insert_layer']}",
+        xlabel=f"insert layer (of {result['num_layers']} decoder layers)",
         ylabel="prompts",
     )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(layers)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.12)
+    axes.legend(frameon=False)
     return save_figure(figure, path)
 
 
