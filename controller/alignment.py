@@ -78,8 +78,8 @@ def alignment_logits(
     """Scores (count, 64, words) of each group's words for every image token."""
     features = torch.stack(model.get_image_features(images, return_dict=True).pooler_output)
     features = F.normalize(features, dim=-1)
-    embeddings = model.get_input_embeddings().weight.detach()
-    return [SHARPNESS * features @ F.normalize(embeddings[ids], dim=-1).T for ids in groups]
+    embed = model.get_input_embeddings()
+    return [SHARPNESS * features @ F.normalize(embed(torch.tensor(ids)), dim=-1).T for ids in groups]
 
 
 def alignment_loss(logits: list[Tensor], labels: Tensor) -> Tensor:

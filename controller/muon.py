@@ -54,7 +54,8 @@ def optimisers(
     module: nn.Module, matrix_lr: float, other_lr: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the matrices inside blocks; AdamW for embeddings, the head, biases, norms and convolutions."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name

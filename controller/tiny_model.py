@@ -84,7 +84,7 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     """
     rng = random.Random(seed)
     lines = [GENERAL_TEXT] * 3
-    for number in range(6000):
+    for number in range(1500):
         scene = draw_scene(SOURCES[number % len(SOURCES)], rng, "train")
         asked = [(q.text, q.answer) for q in questions(scene, rng)] + [text_question(rng)[1:]]
         lines += [f"USER: {text} ASSISTANT: {answer}\n{text}" for text, answer in asked]
@@ -156,7 +156,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.encode(IMAGE)[0],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
