@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from envs.observations import Normaliser, prompt_embeddings
 
-from .policy_files import Fields, read_description, read_tensors, write_policy_files
+from .policy_files import WEIGHTS, Fields, read_description, read_tensors, write_policy_files
 from .runs import versions
 from .statistics import Interval
 
@@ -236,7 +236,7 @@ class LayerPolicy:
         fields.finish()
         tensors = read_tensors(folder, _shapes(width, (*hidden, len(layers))), digest)
         if not (tensors["normaliser.std"] > 0).all():
-            raise ValueError(f"{Path(folder)}: tensor 'normaliser.std' holds a value that is not positive")
+            raise ValueError(f"{Path(folder) / WEIGHTS}: tensor 'normaliser.std' holds a value of 0 or less")
         return cls(
             insert_layers=layers,
             num_layers=num_layers,

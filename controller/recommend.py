@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from envs.prompts import Prompt
 from .baselines import PAPER_MEAN_DEPTH
 from .data import image_prompts
 from .options import RecommendOptions, check
-from .plots import recommendation_histogram
+from .plots import plot_recommendation
 from .policy import LayerPolicy
 from .runs import read_result, start_run, write_result
 from .statistics import mean_interval
@@ -43,8 +44,7 @@ def run(options: RecommendOptions) -> dict[str, Any]:
         prompts, text_only = image_prompts(options)
         result = for_prompts(policy, backbone, prompts, options.batch_size, options.seed)
         result["prompts"]["text_only_left_out"] = text_only
-        layers = [row["insert_layer"] for row in result["per_prompt"]]
-        recommendation_histogram(layers, policy.num_layers, result["insert_layer"], out / "recommend.png")
+        plot_recommendation(result, out / "recommend.png")
     write_result(out, result)
     print(summary(result))
     return read_result(out)
@@ -79,7 +79,7 @@ def for_prompt(policy: LayerPolicy, prompt: Prompt) -> dict[str, Any]:
         "confidence_interval": None,
         "probability": advice.probability,
         "probabilities": advice.probabilities,
-        "expected": advice.expected,
+        "expected": asdict(advice.expected),
         "per_prompt": [per_prompt(prompt, advice.insert_layer, advice.probability)],
         "note": note,
         "verdict": verdict(policy),
