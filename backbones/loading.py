@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
 from .families import find_stack, placeholder_token_ids
@@ -98,9 +105,22 @@ def load_backbone(
         dtype = torch.float32
     config = AutoConfig.from_pretrained(path)
     model = AutoModelForMultimodalLM.from_pretrained(path, config=config, dtype=dtype, **from_pretrained)
-    processor = AutoProcessor.from_pretrained(path)
+    processor = load_processor(path, config)
     model = deep_insert(model.to(device).eval(), insert_layer)
     return Backbone(model=model, processor=processor, name=str(source))
+
+
+def load_processor(path: str | Path, config: PreTrainedConfig) -> Any:
+    """The model's processor; without its video half where torchvision, which only that needs, is missing."""
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except ImportError as error:
+        if "VideoProcessor requires the Torchvision" not in str(error):
+            raise
+    stock: Any = PROCESSOR_MAPPING[type(config)]
+    kept = [name for name in stock.get_attributes() if name != "video_processor"]
+    without_video: Any = type(stock.__name__, (stock,), {"get_attributes": classmethod(lambda cls: kept)})
+    return without_video.from_pretrained(path)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

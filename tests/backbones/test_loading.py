@@ -1,0 +1,79 @@
+"""Checkpoints in the published format: found, loaded whole, with their insert layer; what is not, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, TEXT, logits_of
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from backbones import load_backbone
+from backbones.loading import TINY
+
+
+def test_what_is_saved_is_loaded(tiny_backbone, tmp_path):
+    with tiny_backbone.insert_at(0):
+        tiny_backbone.save_pretrained(tmp_path)
+    again = load_backbone(tmp_path, device="cpu")
+    assert again.fingerprint == tiny_backbone.fingerprint
+    assert again.insert_layer == 0
+    assert load_backbone(tmp_path, insert_layer=5, device="cpu").insert_layer == 5
+    assert type(again.model) is LlavaForConditionalGeneration
+    assert again.tokenizer.get_vocab() == tiny_backbone.tokenizer.get_vocab()
+
+
+def test_the_fingerprint_knows_the_weights(tiny_backbone, tmp_path):
+    other = load_backbone("tiny", device="cpu")
+    assert other.fingerprint == tiny_backbone.fingerprint
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.add_(0.1)
+    other.save_pretrained(tmp_path)
+    assert load_backbone(tmp_path, device="cpu").fingerprint != tiny_backbone.fingerprint
+
+
+def test_a_backbone_in_another_precision():
+    backbone = load_backbone("tiny", device="cpu", dtype="bfloat16")
+    assert backbone.model.dtype == torch.bfloat16
+    assert load_backbone("tiny", device="cpu").model.dtype == torch.float32
+
+
+def test_a_layer_that_the_model_does_not_have():
+    with pytest.raises(ValueError, match=r"insert layer \[99\]: give 0 .stock. to 8"):
+        load_backbone("tiny", insert_layer=99, device="cpu")
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        load_backbone(tmp_path / "nowhere")
+
+
+def test_a_text_model_is_refused(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LlamaConfig"):
+        load_backbone(tmp_path)
+
+
+def test_a_processor_whose_video_half_needs_torchvision(tmp_path):
+    """Qwen2.5-VL as it is published: images work where torchvision is missing."""
+    family = FAMILIES["qwen2_5_vl"]
+    stock = family.model()
+    stock.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(TINY).save_pretrained(tmp_path)
+    Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 256, "longest_edge": 1024}).save_pretrained(
+        tmp_path
+    )
+    _edit(tmp_path / "tokenizer_config.json", processor_class="Qwen2_5_VLProcessor")
+    _edit(tmp_path / "preprocessor_config.json", processor_class="Qwen2_5_VLProcessor")
+    backbone = load_backbone(tmp_path, device="cpu")
+    assert type(backbone.processor).__name__ == "Qwen2_5_VLProcessor"
+    assert type(backbone.processor.image_processor).__name__.startswith("Qwen2VLImageProcessor")
+    inputs = family.batch(stock, [(3, 0, 4)])
+    assert torch.equal(logits_of(backbone.model, inputs), logits_of(stock, inputs))
+
+
+def _edit(path: Path, **entries: str) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
