@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from backbones import insert_at
+from backbones import insert_at, load_backbone
 from controller.alignment import GROUPS, describe_patches, pixels
 from controller.muon import orthogonalise
 from controller.packing import answer_scores, by_question, pack
@@ -73,7 +73,6 @@ def test_the_whole_recipe_in_seconds(tmp_path):
     assert json.loads((folder / "figures.json").read_text())["loss"] == result["loss"]
     assert "| caption |" in (folder / "README.md").read_text()
     assert (folder / "curves.png").stat().st_size > 0
-    from backbones import load_backbone
 
     backbone = load_backbone(folder)
     assert backbone.num_layers == 8 and backbone.insert_layer == 0
