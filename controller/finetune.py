@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from backbones import Backbone, load_backbone
 from envs.instructions import InstructionData, load_instructions
@@ -52,6 +53,7 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     """
     check_training(options)
     out = start_run(options)
+    disable_progress_bar()  # one for each file written would tear the training's own apart
     training = out / TRAINING
     if (out / "result.json").is_file():
         shutil.rmtree(training, ignore_errors=True)  # left where a kill came between result and removal

@@ -7,6 +7,7 @@ encoder's.
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ def make_trainable(model: PreTrainedModel, options: FinetuneOptions) -> Any:
             bias="none",
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks the model by a name that transformers has begun to replace.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            return get_peft_model(model, config)
     model.requires_grad_(True)
     for encoder in encoders(model).values():
         encoder.requires_grad_(False)

@@ -20,7 +20,7 @@ from controller.timing import time_forwards
 from envs.instructions import load_instructions
 from envs.prompts import Prompt, encode, prompts_from
 
-FRACTION = 0.4
+FRACTION = 0.5
 LAYERS = (0, 5)
 
 
@@ -31,7 +31,7 @@ def prompts(rendered_data: Path) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluateOptions:
-    """An evaluation of two variants, finetuned for three steps."""
+    """An evaluation of two variants, finetuned for two steps."""
     folder = tmp_path_factory.mktemp("evaluation")
     variants = tuple(folder / f"layer-{layer}" for layer in LAYERS)
     for layer, out in zip(LAYERS, variants, strict=True):
@@ -40,7 +40,7 @@ def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
                 out=out,
                 data=rendered_data,
                 insert_layer=layer,
-                steps=3,
+                steps=2,
                 batch_size=4,
                 device="cpu",
                 lora_rank=4,
@@ -53,7 +53,7 @@ def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
         fraction=FRACTION,
         batch_size=8,
         max_new_tokens=6,
-        timing_repeats=2,
+        timing_repeats=1,
         device="cpu",
     )
 
