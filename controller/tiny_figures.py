@@ -88,9 +88,10 @@ def draw_curves(figures: dict[str, Any], path: Path) -> Path:
     """Loss and accuracy by insert layer, a line for each kind of question; layer N is without the image."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for number, (kind, values) in enumerate(sorted(figures[name].items())):
-            style = ":" if kind in TEXT_KINDS else "-"
-            axes.plot(values, style, marker=".", color=f"C{number % 10}", label=kind)
+        kinds = sorted(figures[name], key=lambda kind: (kind in TEXT_KINDS, kind))
+        for number, kind in enumerate(kinds):
+            style = {"color": "0.6", "linestyle": ":"} if kind in TEXT_KINDS else {"color": f"C{number}"}
+            axes.plot(figures[name][kind], marker=".", label=kind, **style)
         axes.set(xlabel="insert layer", ylabel=name + (" (nats)" if name == "loss" else ""))
         axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
