@@ -178,7 +178,7 @@ class RewardTable:
     def compute(self, prompts: ArrayLike, columns: ArrayLike) -> None:
         """Make the losses of the pairs (`prompts[i]`, `columns[i]`) known, each block encoded once.
 
-        Raises `FloatingPointError` naming prompt and layer where a loss is not finite, and `LookupError`
+        Raises `ValueError` naming prompt and layer where a loss is not finite, and `LookupError`
         where it is unknown and the table has no backbone to compute it with.
         """
         rows, cols = np.asarray(prompts, dtype=np.int64), np.asarray(columns, dtype=np.int64)
@@ -317,7 +317,7 @@ class RewardTable:
             losses = forward.losses(inputs, layer)
             if not np.isfinite(losses).all():
                 bad = int(np.argmin(np.isfinite(losses)))
-                raise FloatingPointError(
+                raise ValueError(
                     f"the loss of prompt {self.prompt_ids[rows.start + bad]!r} at insert layer {layer} is "
                     f"{losses[bad]}; check that its answer is not empty, or try another --dtype"
                 )
