@@ -1,6 +1,7 @@
 """Training on tables whose best policy is known, the judgement, and the command on the embedded backbone."""
 
 import csv
+import functools
 import json
 import random
 
@@ -52,12 +53,19 @@ def structureless_table(seed=0, prompts=1600):
     return RewardTable.from_losses(losses, range(LAYERS), LAYERS), rng.normal(size=(prompts, 16))
 
 
-def train_on_first(table, observations, share=0.75, **options):
-    train = np.arange(len(table)) < share * len(table)
+def train_on_first(table, observations, **options):
+    """A policy trained on three quarters of the prompts, and its judgement on the rest."""
+    train = np.arange(len(table)) < 0.75 * len(table)
     policy = train_policy(
         table.subset(train), observations[train], skip_weight=SKIP_WEIGHT, steps=STEPS, **options
     )
     return policy, judge_policy(policy, table, observations, train)
+
+
+@functools.cache
+def clustered_training(seed):
+    table, observations = clustered_table(seed)
+    return table, observations, *train_on_first(table, observations, seed=seed)
 
 
 def test_policy_reaches_the_optimum_of_a_known_table():
@@ -71,8 +79,7 @@ def test_policy_reaches_the_optimum_of_a_known_table():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_policy_beats_every_fixed_layer_where_the_best_differs_by_prompt(seed):
-    table, observations = clustered_table(seed)
-    _, judgement = train_on_first(table, observations, seed=seed)
+    table, _, _, judgement = clustered_training(seed)
     assert judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"][0] > 0
     held_out = table.rewards(SKIP_WEIGHT)[600:]
     assert judgement["reward"]["policy"]["reward"] > held_out.mean(axis=0).max()
@@ -88,8 +95,7 @@ def test_without_structure_the_verdict_prefers_the_fixed_layer():
 
 
 def test_judgement_agrees_with_the_table():
-    table, observations = clustered_table()
-    policy, judgement = train_on_first(table, observations)
+    table, observations, policy, judgement = clustered_training(seed=0)
     rewards, held_out = table.rewards(SKIP_WEIGHT), np.arange(len(table)) >= 600
     fixed = rewards[~held_out].mean(axis=0).argmax()
     layers = policy.act(observations[held_out])
@@ -163,6 +169,7 @@ def policy_run(tmp_path_factory, rendered_data):
     options = TrainPolicyOptions(
         out=tmp_path_factory.mktemp("policy"),
         data=rendered_data,
+        fraction=0.5,
         insert_layers="0-2,5",
         steps=4096,
         device="cpu",
