@@ -212,7 +212,7 @@ def test_without_accuracy(data, rendered_data, tmp_path, capsys):
 
 
 def test_layers_that_are_not_there_are_named(data, rendered_data, tmp_path):
-    with pytest.raises(ValueError, match=r"--insert-layers '0-9'.*\[9\]"):
+    with pytest.raises(ValueError, match=r"--insert-layers '0-9'.*outside 0 to 8"):
         sweep.run(options_for(data, rendered_data, tmp_path / "out", insert_layers="0-9"))
     with pytest.raises(ValueError, match="--batch-size 0"):
         sweep.run(options_for(data, rendered_data, tmp_path / "out", batch_size=0))
