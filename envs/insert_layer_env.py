@@ -23,21 +23,25 @@ if TYPE_CHECKING:
 class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     r"""Choose the decoder layer at which a prompt's multimodal tokens enter a frozen model.
 
-    ## Description An episode is one prompt and one decision. The agent sees the prompt's text, picks an
+    ## Description
+    An episode is one prompt and one decision. The agent sees the prompt's text, picks an
     insert layer, and is paid for how well the frozen backbone then predicts the reference answer and for
     how many layers the multimodal tokens skipped. Nothing of the backbone changes, so the same prompt and
     layer always give the same reward: a contextual bandit (DeepInsert, arXiv 2504.19327, section 3).
 
-    ## Action Space `Discrete(K)`: action `k` means insert layer `insert_layers[k]` of the `K` candidates.
+    ## Action Space
+    `Discrete(K)`: action `k` means insert layer `insert_layers[k]` of the `K` candidates.
     With `insert_layers="all"` these are layers 0 to N-1 of a backbone with N decoder layers. Insert layer 0
     is the stock model.
 
-    ## Observation Space `Box(-10, 10, (hidden,), float32)`: the mean of the backbone's frozen input
+    ## Observation Space
+    `Box(-10, 10, (hidden,), float32)`: the mean of the backbone's frozen input
     embeddings over the prompt's text tokens (chat template included; no placeholder, no answer, no
     padding), normalised feature by feature with the frozen statistics of `normaliser` and clipped to 10
     standard deviations.
 
-    ## Rewards $r = -loss + \lambda \cdot bonus$, where *loss* is the mean next-token negative
+    ## Rewards
+    $r = -loss + \lambda \cdot bonus$, where *loss* is the mean next-token negative
     log-likelihood over the answer's tokens in nats, $\lambda$ is `skip_weight`, and *bonus* in [0, 1] is
 
     - `"depth"`: $L / N$, the share of layers skipped (the paper's);
@@ -46,10 +50,12 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     The bonus has no unit, so $\lambda$ is in nats: `skip_weight=0.5` gives up half a nat of loss for
     skipping every layer. Rewards are looked up in a `RewardTable`, which computes them when first needed.
 
-    ## Starting State A prompt drawn uniformly at random with the environment's seeded generator,
+    ## Starting State
+    A prompt drawn uniformly at random with the environment's seeded generator,
     independently of earlier episodes.
 
-    ## Episode End Every episode terminates after its one step; none is truncated. The terminal observation
+    ## Episode End
+    Every episode terminates after its one step; none is truncated. The terminal observation
     is the prompt's own.
 
     ## Arguments
@@ -72,10 +78,12 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     ## Reset Options
     `reset(options={"prompt": i})` starts with prompt `i`, 0 to P-1, and draws nothing.
 
-    ## Seeding `reset(seed=s)` restarts the sequence of prompts: the same seed gives the same episodes,
+    ## Seeding
+    `reset(seed=s)` restarts the sequence of prompts: the same seed gives the same episodes,
     whatever the actions.
 
-    ## Info `reset`: `prompt` (its index) and `prompt_id`. `step`: these, and `insert_layer`, `loss` (nats),
+    ## Info
+    `reset`: `prompt` (its index) and `prompt_id`. `step`: these, and `insert_layer`, `loss` (nats),
     `bonus` (in [0, 1], without $\lambda$).
 
     ## Version History
