@@ -56,7 +56,8 @@ def summary(result: dict[str, Any]) -> str:
     ratio = "unknown" if what["flops_ratio"] is None else f"{what['flops_ratio']:.3f}"
     figures = f"expected loss {what['loss']:.4f} nats, prefill FLOPs ratio {ratio}"
     if result["confidence_interval"] is None:
-        return f"insert layer {result['insert_layer']} (probability {result['probability']:.2f}), {figures}"
+        layer = f"insert layer {result['insert_layer']} (probability {result['probability']:.2f})"
+        return f"{layer}, {figures}\n{result['note']}"
     low, high = result["confidence_interval"]
     mean = f"mean of {len(result['per_prompt'])} prompts {result['mean_insert_layer']:.2f}"
     return (
