@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"deepinsert {version()}")
         return
+    options: Any = None
     try:
         name, options = parse(words or ["--help"])
         command_options.check(options)
@@ -87,8 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Run folder: {options.out}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fail(error, debug)
+    except OSError as error:
+        # The hub's own errors do not say which model they are about.
+        unnamed = type(error) is OSError and error.filename is None and hasattr(options, "backbone")
+        fail(f"--backbone {options.backbone}: {error}" if unnamed else error, debug)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -104,12 +109,13 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
             command.options, prog=f"deepinsert {words[0]}", description=description, args=words[1:]
         )
         return words[0], options
-    commands = tuple(
+    commands: Any = tuple(
         Annotated[command.options, tyro.conf.subcommand(name, description=command.options.__doc__)]
         for name, command in COMMANDS.items()
     )
+    any_command: Any = Union[commands]  # noqa: UP007 - a tuple only known here
     tyro.cli(
-        Union[commands],  # type: ignore[arg-type]  # noqa: UP007
+        any_command,
         prog="deepinsert",
         description=(
             "Learn at which decoder layer image or audio tokens should enter a multimodal language model, "

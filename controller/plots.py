@@ -6,7 +6,7 @@ Drawn without pyplot, so no display is needed and nothing stays open.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def policy_rewards(log: str | Path, path: str | Path) -> Path:
     with Path(log).open(encoding="utf-8", newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if row.get("reward/total")]
     steps = [float(row["time/total_timesteps"]) for row in rows]
-    figure, (axes,) = _figure(1)
+    figure, axes = _figure()
     axes.axhline(0, color="0.6", linewidth=1)
     labels = {"total": "total reward", "performance": "performance (-loss)", "bonus": "skip bonus, weighted"}
     for part, colour in REWARD_COLOURS.items():
@@ -52,7 +52,7 @@ def plot_recommendation(result: Mapping[str, Any], path: str | Path) -> Path:
     `num_layers`, `insert_layer`, `mean_insert_layer` and its `confidence_interval`.
     """
     layers = list(result["insert_layers"])
-    figure, (axes,) = _figure(1)
+    figure, axes = _figure()
     below = np.zeros(len(layers))
     for source, counts in result["histogram"].items():
         heights = np.array([counts[str(layer)] for layer in layers])
@@ -80,7 +80,7 @@ def prefill_times(result: Mapping[str, Any], path: str | Path) -> Path:
     layers = [row["insert_layer"] for row in result["layers"]]
     ratios = np.array([row["time_ratio"] for row in result["layers"]])
     low, high = np.array([row["time_ratio_quartiles"] for row in result["layers"]]).T
-    figure, (axes,) = _figure(1)
+    figure, axes = _figure()
     axes.axhline(1, color="0.6", linewidth=1, label=f"stock model, {result['stock']['prefill_ms']:.1f} ms")
     axes.errorbar(
         layers, ratios, [ratios - low, high - ratios], marker="o", capsize=3, label="measured (quartiles)"
@@ -98,9 +98,9 @@ def prefill_times(result: Mapping[str, Any], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-def _figure(panels: int, width: float = 6.4, height: float = 4.0) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, panels))
+def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _layer_axis(axes: Axes) -> None:
