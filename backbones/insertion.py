@@ -223,9 +223,8 @@ class Insertion:
     def multimodal_positions(self, embeds: Tensor) -> Tensor | None:
         """(B, S) bool of the positions that hold features; None where the forward has none."""
         local = self.local
-        explicit = local.explicit_mask
-        if explicit is not None and explicit.shape == embeds.shape[:2]:
-            return explicit.to(device=embeds.device, dtype=torch.bool)
+        if local.explicit_mask is not None and embeds.shape[1] > 1:
+            return _for_batch(local.explicit_mask, embeds)
         if local.scattered is not None and local.scattered.shape == embeds.shape[:2]:
             return local.scattered
         if local.embedded is embeds:
@@ -287,6 +286,17 @@ class Insertion:
             if index == self.num_layers - 1:
                 return _map_hidden(output, forward.leave)
         return output
+
+
+def _for_batch(mask: Tensor, embeds: Tensor) -> Tensor:
+    """A caller's `multimodal_mask` (B, S) as bool for this forward, whose rows may be repeated (beams)."""
+    batch, length = embeds.shape[:2]
+    if mask.ndim != 2 or mask.shape[1] != length or batch % mask.shape[0]:
+        raise ValueError(
+            f"multimodal_mask of shape {tuple(mask.shape)} for inputs of shape {(batch, length)}: give one "
+            "row for each row of the batch, one value for each position"
+        )
+    return mask.to(embeds.device, torch.bool).repeat_interleave(batch // mask.shape[0], dim=0)
 
 
 def _map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -306,8 +306,14 @@ def test_embeddings_instead_of_ids_with_a_mask():
     with insert_at(model, 3, multimodal_mask=multimodal):
         got = logits_of(model, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]})
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    mask = inputs["attention_mask"]
     with pytest.raises(ValueError, match="multimodal_mask"):
-        model(inputs_embeds=embeds.clone(), attention_mask=inputs["attention_mask"])
+        model(inputs_embeds=embeds.clone(), attention_mask=mask)
+    with (
+        pytest.raises(ValueError, match="one value for each position"),
+        insert_at(model, 3, multimodal_mask=multimodal[:, 1:]),
+    ):
+        model(inputs_embeds=embeds, attention_mask=mask)
     # The failure leaves nothing behind.
     assert torch.equal(logits_of(model, inputs), expected)
 
@@ -340,3 +346,19 @@ def test_a_packed_batch_with_its_own_mask_and_positions():
             "pixel_values": one["pixel_values"],
         }
         torch.testing.assert_close(got[place], logits_of(model, single)[0, 6:], atol=1e-5, rtol=1e-5)
+
+
+def test_generation_from_embeddings_equals_generation_from_ids():
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(), 3)
+    inputs = family.batch(model, ROWS[:1], "left")
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    features = torch.cat(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+    multimodal = inputs["input_ids"] == PLACEHOLDER
+    embeds = embeds.masked_scatter(multimodal[..., None], features).detach()
+    options = {"max_new_tokens": 5, "pad_token_id": 0, "num_beams": 2, "do_sample": False}
+    with torch.no_grad():
+        expected = model.generate(**inputs, **options)[:, -5:]
+        with insert_at(model, 3, multimodal_mask=multimodal):
+            got = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
+    assert torch.equal(got, expected)
