@@ -68,26 +68,15 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     )
     data = read_data(options)
     prompts = prompts_from(data, per="record")
-    identity = {"backbone": backbone.fingerprint, "data": digest(prompts)}
-    set_seed(options.seed)  # whatever was drawn so far, the adapter's first weights depend on the seed alone
-    model = make_trainable(backbone.model, options)
-    parameters = {
-        "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "all": sum(weight.numel() for weight in model.parameters()),
+    trainer = make_trainer(backbone, prompts, options)
+    model: Any = trainer.model
+    counted = {
+        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
     }
-    trainer = VariantTrainer(
-        model=model,
-        args=training_arguments(options, training, backbone.device),
-        train_dataset=PromptDataset(prompts),
-        data_collator=lambda batch: encode(backbone.processor, batch),
-        options=options,
-        identity=identity,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LossLog(out))
     trainer.train(resume_from_checkpoint=True)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    adapter = save_variant(out, backbone, trainer.model, options)
+    adapter = save_variant(out, backbone, model)
     plot_loss(history, out / "train_loss.png", f"Finetuning at insert layer {options.insert_layer}")
     curve = [entry["loss"] for entry in history]
     last = curve[-max(1, len(curve) // 10) :]
@@ -98,8 +87,7 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
         "train_loss": sum(last) / len(last),
         "checkpoint": str(out / "checkpoint"),
         "adapter": adapter,
-        "trainable_parameters": parameters["trainable"],
-        "parameters": parameters["all"],
+        **counted,
         "learning_rate": learning_rate(options),
         "prompts": len(prompts),
         "skipped": [repr(record) for record in data.skipped],
@@ -110,10 +98,35 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     shutil.rmtree(training, ignore_errors=True)
     print(
         f"Insert layer {options.insert_layer}: training loss {result['train_loss']:.3f} nats after "
-        f"{options.steps} steps ({parameters['trainable']:,} of {parameters['all']:,} parameters).\n"
+        f"{options.steps} steps ({counted['trainable_parameters']:,} of {counted['parameters']:,} weights).\n"
         f"Variant: {result['checkpoint']}"
     )
     return result
+
+
+def make_trainer(backbone: Backbone, prompts: Sequence[Prompt], options: FinetuneOptions) -> VariantTrainer:
+    """A trainer of the backbone on the prompts, by the recipe, that logs to the run folder."""
+    identity = {"backbone": backbone.fingerprint, "data": digest(prompts)}
+    dtype = backbone.model.dtype
+
+    def collate(batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        inputs = encode(backbone.processor, batch)
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
+
+    set_seed(options.seed)  # whatever was drawn so far, the adapter's first weights depend on the seed alone
+    trainer = VariantTrainer(
+        model=make_trainable(backbone.model, options),
+        args=training_arguments(options, Path(options.out) / TRAINING, backbone.device),
+        train_dataset=PromptDataset(prompts),
+        data_collator=collate,
+        options=options,
+        identity=identity,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LossLog(Path(options.out)))
+    return trainer
 
 
 def check_training(options: FinetuneOptions) -> None:
@@ -245,7 +258,7 @@ class LossLog(TrainerCallback):
             self.writer.close()
 
 
-def save_variant(out: Path, backbone: Backbone, model: Any, options: FinetuneOptions) -> str | None:
+def save_variant(out: Path, backbone: Backbone, model: Any) -> str | None:
     """Write `adapter/` for LoRA, merge it, and write `checkpoint/`; returns the adapter's path, if any."""
     model.eval()
     adapter = None
