@@ -213,7 +213,7 @@ def ppo(env: InsertLayerVecEnv, seed: int) -> PPO:
             "net_arch": [64, 64],
             "activation_fn": torch.nn.Tanh,
             "optimizer_class": torch.optim.AdamW,
-            "optimizer_kwargs": {"weight_decay": 5.0},
+            "optimizer_kwargs": {"weight_decay": 3.0},
         },
         seed=seed,
         device="cpu",

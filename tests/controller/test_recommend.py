@@ -31,9 +31,7 @@ def policy(tiny_backbone, prompts):
     flops = 100.0 - 10.0 * np.array(LAYERS) + np.zeros((len(losses), 1))
     table = RewardTable.from_losses(losses, LAYERS, tiny_backbone.num_layers, flops=flops)
     observations = prompt_embeddings(tiny_backbone, prompts[0])
-    return train_policy(
-        table, observations, steps=20_480, backbone=(tiny_backbone.name, tiny_backbone.fingerprint)
-    )
+    return train_policy(table, observations, backbone=(tiny_backbone.name, tiny_backbone.fingerprint))
 
 
 @pytest.fixture(scope="module")
