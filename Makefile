@@ -44,6 +44,6 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(RUN)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(RUN)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@touch $@ $(VENV)/installed
