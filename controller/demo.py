@@ -46,13 +46,13 @@ class Size:
 
 
 FULL = Size(
-    train_images=400,
-    held_out_images=160,
-    sweep_fraction=0.2,
+    train_images=320,
+    held_out_images=120,
+    sweep_fraction=0.1,
     episodes=40_000,
-    steps=120,
-    batch_size=32,
-    timing_repeats=9,
+    steps=80,
+    batch_size=16,
+    timing_repeats=7,
 )
 QUICK = Size(
     train_images=18,
