@@ -46,11 +46,11 @@ class Size:
 
 
 FULL = Size(
-    train_images=320,
+    train_images=300,
     held_out_images=120,
     sweep_fraction=0.1,
     episodes=40_000,
-    steps=80,
+    steps=60,
     batch_size=16,
     timing_repeats=7,
 )
