@@ -17,7 +17,7 @@ from envs.prompts import Prompt, prompts_from
 
 from .answers import generate_answers, losses_and_flops
 from .comparison import Comparison, Predictions, Variant, plot, table
-from .finetune import read_data
+from .data import read_data
 from .metrics import exact_match
 from .options import EvaluateOptions, check
 from .runs import machine, read_result, replacing, start_run, write_result

@@ -33,11 +33,11 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from backbones import Backbone, load_backbone
-from envs.instructions import InstructionData, load_instructions
 from envs.prompts import Prompt, encode, prompts_from
 
 from .checkpoints import ResumableTrainer, replacing_folder
-from .options import DataOptions, FinetuneOptions, check, parse_share, parse_sources
+from .data import read_data
+from .options import FinetuneOptions, check
 from .recipe import learning_rate, make_trainable, parameter_groups, training_arguments
 from .runs import progress, read_result, replacing, save_figure, start_run, write_result
 
@@ -144,18 +144,6 @@ def training_dtype(options: FinetuneOptions) -> str:
         return options.dtype
     on_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
     return "bfloat16" if on_gpu and options.method == "lora" else "float32"
-
-
-def read_data(options: DataOptions) -> InstructionData:
-    """The instructions that the options name. Raises `DatasetError`."""
-    return load_instructions(
-        options.data,
-        options.image_root,
-        sources=parse_sources(options.sources),
-        fraction=options.fraction,
-        seed=getattr(options, "seed", 0),
-        max_bad=parse_share(options.max_bad, "--max-bad"),
-    )
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
