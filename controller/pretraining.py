@@ -65,11 +65,15 @@ class PretrainTinyOptions:
 
 
 def draw_insert_layer(rng: random.Random, num_layers: int) -> int:
-    """0 in half of the steps, else 1 to N-1, layer `l` in proportion to N - l."""
+    """0 in half of the steps, else 1 to N-1, layer `l` in proportion to (N - l)³.
+
+    The deeper, the rarer by far: drawn in proportion to N - l, layers up to N-2 end up as good as layer 0,
+    and nothing is left to choose between.
+    """
     if rng.random() < 0.5:
         return 0
     layers = range(1, num_layers)
-    return rng.choices(layers, [num_layers - layer for layer in layers])[0]
+    return rng.choices(layers, [(num_layers - layer) ** 3 for layer in layers])[0]
 
 
 def draw_packs(
