@@ -235,7 +235,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     scatter.set(xlabel="measured prefill of a batch (ms)", ylabel="accuracy", title="Accuracy against time")
     scatter.set_xlim(0, 1.1 * max(row["prefill_ms"] for row in variants))
     scatter.yaxis.set_major_formatter(PercentFormatter(1))
-    scatter.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(variants), frameon=False)
     names = list(variants[0]["per_source"])
     bars(sources, names, [[row["per_source"][name]["accuracy"] for name in names] for row in variants])
     sources.set(title="Accuracy by source", ylim=(0, 1))
