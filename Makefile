@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# One thread: the models of the tests are so small that threads cost more than they give.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 
 .PHONY: help demo test test-slow lint format bench clean
 
@@ -17,10 +19,10 @@ demo: $(VENV)/installed
 	$(VENV)/bin/deepinsert demo --out runs/demo
 
 test: $(VENV)/installed-dev
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/installed-dev
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
