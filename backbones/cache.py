@@ -87,17 +87,21 @@ def holds_short_layers(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, ShortLayer) for layer in cache.layers)
 
 
-def shorten(cache: Cache, layer_idx: int, columns: Tensor, length: int, ragged: bool) -> None:
-    """Record that layer `layer_idx`, just updated, holds the positions `columns` (B, K) of `length` seen.
-
-    Raises `UnsupportedCacheError` for cache layers that are not plain growing ones.
-    """
-    layer: Any = cache.layers[layer_idx]
-    if type(layer) not in (DynamicLayer, ShortLayer):
+def check_can_skip(cache: Cache, layer_idx: int) -> None:
+    """Raise `UnsupportedCacheError` where layer `layer_idx` is not a plain growing one."""
+    exists = layer_idx < len(cache.layers)
+    kind: Any = type(cache.layers[layer_idx]) if exists else cache.layer_class_to_replicate
+    if kind not in (DynamicLayer, ShortLayer) or cache.offloading:
         raise UnsupportedCacheError(
-            f"{type(layer).__name__} cannot skip multimodal tokens yet: use the default DynamicCache "
-            "(full attention), pass use_cache=False, or insert at layer 0"
+            f"{getattr(kind, '__name__', kind)}{' (offloaded)' if cache.offloading else ''} cannot skip "
+            "multimodal tokens yet: use the default DynamicCache (full attention), pass use_cache=False, or "
+            "insert at layer 0"
         )
+
+
+def shorten(cache: Cache, layer_idx: int, columns: Tensor, length: int, ragged: bool) -> None:
+    """Record that layer `layer_idx`, just updated, holds the positions `columns` (B, K) of `length` seen."""
+    layer: Any = cache.layers[layer_idx]
     layer.__class__ = ShortLayer
     layer.columns = columns
     layer.skipped = length - columns.shape[1]

@@ -6,7 +6,7 @@ stack hands it: masks, rotary tables, positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +19,12 @@ from .families import UnsupportedModelError
 from .masks import select_mask
 from .rows import Rows
 
-_ROW_DIMENSION = {"position_embeddings": -2, "position_ids": -1}
+_ROW_DIMENSION = {
+    "position_embeddings": -2,
+    "position_ids": -1,
+    "token_type_ids": -1,
+    "mm_token_type_ids": -1,
+}
 """Where the rows are in what a stack hands each layer."""
 
 _ROWLESS = frozenset({"past_key_values", "num_items_in_batch", "labels"})
@@ -66,7 +71,18 @@ class Forward:
     def leave(self, hidden: Tensor) -> Tensor:
         """(B, S, D): hidden states at full length again."""
         assert self.entered is not None
-        return hidden if self.rows is None else self.rows.put(hidden, self.entered)
+        return hidden if self.rows is None else self.rows.put(hidden.to(self.entered.device), self.entered)
+
+    def full_length(self, states: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+        """The stack's `hidden_states`, each at full length: a waiting row is as it entered layer 0."""
+        last = len(states) - 1
+        for index, state in enumerate(states):
+            below = [layer for layer in self.stages if layer <= max(index - 1, 0)]
+            rows = self.stages[max(below)] if below else None
+            if state is None or rows is None or self.entered is None or index == last:
+                yield state
+            else:
+                yield rows.put(state, self.entered)
 
     def once(self, key: tuple, kept: tuple, make: Callable[[], Any]) -> Any:
         """`make()`, once for each `key` of ids; `kept` holds what the ids name, so that none is reused."""

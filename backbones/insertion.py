@@ -8,6 +8,7 @@ name changes, so `state_dict`, `generate`, Trainer and PEFT see the stock model.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import threading
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import holds_short_layers, short_layer, shorten
+from .cache import check_can_skip, holds_short_layers, short_layer, shorten
 from .families import (
     UnsupportedModelError,
     base_model_of,
@@ -51,8 +52,10 @@ def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     stack = find_stack(base)
     if insert_layer is None:
         insert_layer = (getattr(base.config, CONFIG_KEY, None) or {}).get("insert_layer", 0)
+    insertion = getattr(stack, _ATTRIBUTE, None) or Insertion(base, stack)
+    insertion.check([operator.index(insert_layer)])
     if not hasattr(stack, _ATTRIBUTE):
-        Insertion(base, stack).install()
+        insertion.install()
     set_insert_layer(base, insert_layer)
     return model
 
@@ -71,9 +74,10 @@ def remove_deep_insert(model: Any) -> Any:
 def set_insert_layer(model: Any, insert_layer: int) -> None:
     """Make `insert_layer` the layer in force, and write it to `model.config`."""
     insertion = _insertion(model)
-    insertion.check([insert_layer])
-    insertion.insert_layer = int(insert_layer)
-    setattr(base_model_of(model).config, CONFIG_KEY, {"insert_layer": int(insert_layer)})
+    layer = operator.index(insert_layer)
+    insertion.check([layer])
+    insertion.insert_layer = layer
+    setattr(base_model_of(model).config, CONFIG_KEY, {"insert_layer": layer})
 
 
 def insert_layer_of(model: Any) -> int:
@@ -134,6 +138,21 @@ class _Local(threading.local):
         self.input_ids = self.embedded = self.scattered = self.forward = None
 
 
+class _EmbeddingHook:
+    """Hook on the input embeddings. Where they alone are copied, as PEFT does (`modules_to_save`), the copy
+    reports to the same insertion; where the model is copied, to the model's own."""
+
+    def __init__(self, insertion: Insertion) -> None:
+        self.insertion = insertion
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.insertion.saw_embedding(module, args, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _EmbeddingHook:
+        whole = id(self.insertion.entrance) in memo or id(self.insertion.stack) in memo
+        return _EmbeddingHook(copy.deepcopy(self.insertion, memo) if whole else self.insertion)
+
+
 class Insertion:
     """The mechanism on one model: shims on the decoder layers, hooks that see where features go."""
 
@@ -144,6 +163,7 @@ class Insertion:
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.owner = find_placeholder_owner(model)
         self.embedding = model.get_input_embeddings()
+        self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
         if self.owner is None and not self.placeholder_ids:
             raise UnsupportedModelError(
@@ -168,7 +188,9 @@ class Insertion:
             stock_class: Any = type(layer)
             layer.__class__ = _shimmed(stock_class)
         self.handles = [
-            self.embedding.register_forward_hook(self.saw_embedding),
+            self.embedding.register_forward_hook(_EmbeddingHook(self)),
+            self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
+            self.entrance.register_forward_hook(self.left, always_call=True),
             self.stack.register_forward_pre_hook(self.begin, with_kwargs=True),
             self.stack.register_forward_hook(self.end, always_call=True),
         ]
@@ -186,9 +208,20 @@ class Insertion:
             del self.owner.get_placeholder_mask
         delattr(self.stack, _ATTRIBUTE)
 
+    def entered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            self.local.forget()
+            self.local.input_ids = ids
+
+    def left(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook after the model, also where it failed before the stack."""
+        self.local.forget()
+
     def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`."""
-        if args and args[0].ndim == 2:
+        if args and args[0].ndim == 2 and getattr(self.stack, _ATTRIBUTE, None) is self:
             self.local.forget()
             self.local.input_ids, self.local.embedded = args[0], output
 
@@ -218,7 +251,11 @@ class Insertion:
         local.forward = Forward(length=embeds.shape[1], stages=stages, flash=flash)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        forward = self.local.forward
         self.local.forget()
+        states = getattr(output, "hidden_states", None)
+        if forward is not None and states is not None:
+            output.hidden_states = tuple(forward.full_length(states))
 
     def multimodal_positions(self, embeds: Tensor) -> Tensor | None:
         """(B, S) bool of the positions that hold features; None where the forward has none."""
@@ -278,6 +315,8 @@ class Insertion:
         # Names, so that a tensor handed over by position is recognised too.
         kwargs = dict(zip(self.layer_arguments[1:], args[1:], strict=False)) | kwargs
         past = 0 if cache is None else cache.get_seq_length(index)
+        if forward.rows is not None and cache is not None:
+            check_can_skip(cache, index)
         columns, holes = forward.columns(short, past, hidden)
         output = stock(hidden, **forward.select(kwargs, columns, holes))
         if forward.rows is not None:

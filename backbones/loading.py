@@ -30,6 +30,17 @@ from .insertion import deep_insert, insert_at, insert_layer_of
 
 TINY = Path(__file__).parent / "tiny"
 
+HUB_ARGUMENTS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+    "trust_remote_code",
+)
+"""What says where a checkpoint is, and so holds for its configuration and processor too."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -94,33 +105,37 @@ def load_backbone(
 
     `source` is a folder, a hub id, or "tiny" for the backbone that comes with the package. `insert_layer`
     defaults to the one in `config.json`, else 0. `dtype` "auto" means float32 on a CPU and the checkpoint's
-    own precision elsewhere. Further arguments reach `from_pretrained`. The model is in eval mode.
+    own precision elsewhere. Further arguments, such as `revision`, reach `from_pretrained`; with `device_map`
+    the model stays where that puts it. The model is in eval mode.
 
     Raises `OSError` where there is no such model and `UnsupportedModelError` where it cannot be used.
     """
     path = TINY if str(source) == "tiny" else source
+    hub = {name: from_pretrained[name] for name in HUB_ARGUMENTS if name in from_pretrained}
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = torch.float32
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, **hub)
     model = AutoModelForMultimodalLM.from_pretrained(path, config=config, dtype=dtype, **from_pretrained)
-    processor = load_processor(path, config)
-    model = deep_insert(model.to(device).eval(), insert_layer)
+    processor = load_processor(path, config, **hub)
+    if getattr(model, "hf_device_map", None) is None:
+        model = model.to(device)
+    model = deep_insert(model.eval(), insert_layer)
     return Backbone(model=model, processor=processor, name=str(source))
 
 
-def load_processor(path: str | Path, config: PreTrainedConfig) -> Any:
+def load_processor(path: str | Path, config: PreTrainedConfig, **hub: Any) -> Any:
     """The model's processor; without its video half where torchvision, which only that needs, is missing."""
     try:
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, **hub)
     except ImportError as error:
         if "VideoProcessor requires the Torchvision" not in str(error):
             raise
     stock: Any = PROCESSOR_MAPPING[type(config)]
     kept = [name for name in stock.get_attributes() if name != "video_processor"]
     without_video: Any = type(stock.__name__, (stock,), {"get_attributes": classmethod(lambda cls: kept)})
-    return without_video.from_pretrained(path)
+    return without_video.from_pretrained(path, **hub)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -61,6 +61,8 @@ def rows_of(alive: Tensor) -> Rows:
     length = alive.shape[1]
     counts = alive.sum(dim=1)
     fewest, most = torch.stack(torch.aminmax(counts)).tolist()
+    # No row of the batch has a token here: one dummy each, as a layer cannot be called with nothing.
+    most = max(most, 1)
     # A stable sort puts dead positions first and keeps the order among the living.
     index = torch.sort(alive.to(torch.uint8), dim=1, stable=True).indices[:, length - most :]
     ragged = fewest < most

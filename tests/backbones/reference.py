@@ -29,6 +29,8 @@ def reference_logits(stock: Any, inputs: dict[str, Tensor], insert_layer: int) -
 
     for index, layer in enumerate(stack.layers):
         present = torch.arange(len(multimodal)) if index >= insert_layer else (~multimodal).nonzero()[:, 0]
+        if not len(present):
+            continue
         allowed = present[None, :] <= present[:, None]
         mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
         out = layer(

@@ -59,6 +59,18 @@ def test_one_insert_layer_per_row_equals_each_row_alone(family, stock, inserted,
         torch.testing.assert_close(mixed[row], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_that_are_images_alone(family, stock, inserted):
+    """Below the insert layer such a batch has no row at all."""
+    eager_stock = family.model(attention="eager")
+    inputs = family.batch(stock, [(0,), (0,)], "left")
+    with insert_at(inserted, 3):
+        got = logits_of(inserted, inputs)
+    for row in range(2):
+        with torch.no_grad():
+            expected = reference_logits(eager_stock, family.alone(inputs, row), 3)
+        torch.testing.assert_close(got[row], expected, atol=1e-5, rtol=1e-5)
+
+
 STRATEGIES = {
     "greedy": {},
     "beam": {"num_beams": 3},
@@ -91,6 +103,18 @@ def test_prompt_lookup_decoding_equals_greedy(family, stock, inserted):
         greedy = inserted.generate(**inputs, **options)
         looked_up = inserted.generate(**inputs, **options, prompt_lookup_num_tokens=3)
     assert torch.equal(greedy, looked_up)
+
+
+def test_chunked_prefill_equals_one_prefill():
+    """Some chunks are image tokens alone."""
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(), 3)
+    inputs = family.batch(model, [(3, 0, 4)], "left")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        whole = model.generate(**inputs, **options)
+        for size in (2, 5):
+            assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=size), whole)
 
 
 def test_layers_below_hold_no_multimodal_key(family, stock, inserted):
@@ -257,6 +281,42 @@ def test_peft_before_and_after(family, stock, wrapped_first):
     assert insert_layer_of(merged) == 3
     with insert_at(merged, 0):
         assert not torch.allclose(logits_of(merged, inputs), adapted, atol=1e-3)
+
+
+def test_peft_with_trained_embeddings(family, stock):
+    """PEFT replaces the embedding module by a copy of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(deep_insert(copy.deepcopy(stock), 3), config).eval()
+    stacks = [module for module in model.modules() if type(module) is type(stock.get_decoder())]
+    assert len(stacks) == 1
+    plain = deep_insert(copy.deepcopy(stock), 3)
+    for rows in (ROWS, [(5,), (3,)]):
+        inputs = family.batch(stock, rows, "left")
+        assert torch.equal(logits_of(model, inputs), logits_of(plain, inputs))
+
+
+def test_hidden_states_have_full_length(family, stock, inserted):
+    inputs = family.batch(stock, ROWS, "right")
+    with insert_at(inserted, 3), torch.no_grad():
+        states = inserted(**inputs, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(*inputs["input_ids"].shape, 32)] * (LAYERS + 1)
+    for row, ids in enumerate(inputs["input_ids"]):
+        multimodal = ids == PLACEHOLDER
+        # Until it is inserted, a multimodal row is what it was when it entered layer 0.
+        assert torch.equal(states[3][row, multimodal], states[0][row, multimodal])
+        text = ~multimodal & inputs["attention_mask"][row].bool()
+        assert not torch.allclose(states[3][row, text], states[0][row, text])
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids"])
+def test_what_a_tokenizer_adds_is_not_in_the_way(family, stock, inserted, name):
+    inputs = family.batch(stock, ROWS, "left")
+    with insert_at(inserted, 3):
+        expected = logits_of(inserted, inputs)
+        got = logits_of(inserted, {name: torch.zeros_like(inputs["input_ids"]), **inputs})
+    assert torch.equal(got, expected)
 
 
 def test_a_copy_and_its_original_do_not_share_a_layer(family, stock):

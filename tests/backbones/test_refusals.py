@@ -34,6 +34,30 @@ def test_a_layer_the_model_does_not_have(llava, layer):
         set_insert_layer(llava, LAYERS + 1)
 
 
+def test_a_refused_layer_leaves_the_model_stock():
+    model = FAMILIES["llava"].model()
+    for layer, error in ((99, ValueError), (3.7, TypeError)):
+        with pytest.raises(error):
+            deep_insert(model, layer)
+        assert not hasattr(model.config, "deepinsert")
+        assert not model.model.language_model._forward_pre_hooks
+
+
+def test_a_failure_in_the_encoder_leaves_nothing_behind(llava):
+    inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
+    tower = llava.model.vision_tower.register_forward_pre_hook(_out_of_memory)
+    with pytest.raises(MemoryError):
+        llava(**inputs)
+    tower.remove()
+    embeds = torch.randn(*inputs["input_ids"].shape, 32)
+    with pytest.raises(ValueError, match="multimodal_mask"), insert_at(llava, 2):
+        llava(inputs_embeds=embeds)
+
+
+def _out_of_memory(module, args):
+    raise MemoryError
+
+
 def test_layers_that_do_not_fit_the_batch(llava):
     inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)] * 3)
     with pytest.raises(ValueError, match="2 insert layers for a batch of 3 rows"), insert_at(llava, [1, 2]):
@@ -103,8 +127,9 @@ def test_deepstack():
         deep_insert(model, 1)
 
 
-def test_a_cache_that_cannot_skip(llava):
-    inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
+@pytest.mark.parametrize("rows", [[(2, 0, 1)], [(2, 0, 1), (3,)]], ids=["one row", "ragged"])
+def test_a_cache_that_cannot_skip(llava, rows):
+    inputs = FAMILIES["llava"].batch(llava, rows)
     cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=32)
     with pytest.raises(UnsupportedCacheError, match="DynamicCache"), insert_at(llava, 2), torch.no_grad():
         llava(**inputs, past_key_values=cache)
