@@ -55,7 +55,7 @@ of the split it is on; the handwritten digits of the two sides are different sam
    vision tower is frozen.
 
 Muon for the matrices, AdamW for the rest. **The insert layer is drawn at random in half of the language
-steps**, shallow layers more often than deep ones. A model of this size trained at layer 0 alone is blind from
+steps**, layer `l` in proportion to (N - l)³. A model of this size trained at layer 0 alone is blind from
 layer 1 on; large pretrained models are not (paper, Table 5). So treat its curve below as a property of this
 training, not as evidence about other models.
 
