@@ -50,7 +50,7 @@ FULL = Size(
     held_out_images=120,
     sweep_fraction=0.1,
     episodes=40_000,
-    steps=60,
+    steps=120,
     batch_size=16,
     timing_repeats=7,
 )

@@ -195,7 +195,7 @@ class DemoOptions:
     """Run folder; each step writes a folder named after its command."""
     seed: int = 0
     """Seed of every random choice."""
-    skip_weight: float = 0.5
+    skip_weight: float = 0.3
     """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
     quick: bool = False
     """A much smaller run, to see that everything works."""
