@@ -234,7 +234,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         scatter.errorbar(row["prefill_ms"], row["accuracy"], error, fmt="o", capsize=3, label=label)
     scatter.set(xlabel="measured prefill of a batch (ms)", ylabel="accuracy", title="Accuracy against time")
     scatter.set_xlim(0, 1.1 * max(row["prefill_ms"] for row in variants))
-    scatter.yaxis.set_major_formatter(PercentFormatter(1))
+    scatter.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     figure.legend(loc="outside lower center", ncols=len(variants), frameon=False)
     names = list(variants[0]["per_source"])
     bars(sources, names, [[row["per_source"][name]["accuracy"] for name in names] for row in variants])

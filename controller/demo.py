@@ -86,7 +86,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
         "insert_layer": layer,
         "num_layers": sweep["num_layers"],
         "skip_weight": options.skip_weight,
-        "recommendation": advice,
+        "recommendation": {key: value for key, value in advice.items() if key != "per_prompt"},
         "policy": {key: policy[key] for key in ("reward", "difference", "share_of_gap", "verdict")},
         "variants": evaluation["variants"],
         "seconds": demo.seconds,
