@@ -7,7 +7,8 @@ are written to a slot that is thrown away.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,13 +25,11 @@ class Rows:
     index: Tensor
     length: int
     ragged: bool
-    reading: Tensor = field(init=False)
-    """`index` with dummies sent to an existing row."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "reading", self.index.clamp(max=self.length - 1) if self.ragged else self.index
-        )
+    @cached_property
+    def reading(self) -> Tensor:
+        """`index` with dummies sent to an existing row."""
+        return self.index.clamp(max=self.length - 1) if self.ragged else self.index
 
     @property
     def count(self) -> int:
