@@ -1,45 +1,65 @@
-"""What DeepInsert means, written as plainly as possible: one row, no padding, no cache, a loop over layers.
+"""What DeepInsert means, on a stock model that was never given an insert layer.
 
-It shares no code with the mechanism. The stock model says what enters layer 0 and the rotary tables; below
-the insert layer the multimodal rows and columns simply are not there.
+Below the insert layer text does not see multimodal columns, and a layer hands multimodal rows on as they
+came. Nothing is gathered, no row is left out, no cache is used; no code is shared with the mechanism.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families import PLACEHOLDER
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def reference_logits(stock: Any, inputs: dict[str, Tensor], insert_layer: int) -> Tensor:
-    """(S, V) logits of a single unpadded row by a model that was never given an insert layer."""
+@contextmanager
+def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) -> Iterator[None]:
+    """Let the positions `multimodal` (S,) wait below `insert_layer`. Eager attention, a row without padding."""
+    handles = []
+    for layer in layers[:insert_layer]:
+        names = list(inspect.signature(layer.forward).parameters)
+        recurrent = any(hasattr(layer, name) for name in ("linear_attn", "conv", "mamba"))
+
+        def before(module: Any, args: tuple, kwargs: dict, names: list[str] = names) -> Any:
+            call = dict(zip(names, args, strict=False)) | kwargs
+            hidden = call.pop("hidden_states")
+            call["attention_mask"] = _blind(call.get("attention_mask"), multimodal, hidden.dtype)
+            return (hidden,), call
+
+        def after(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            kept = hidden.clone()
+            kept[..., multimodal, :] = args[0][..., multimodal, :]
+            return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+        assert not recurrent, "a recurrent layer needs its rows removed, not masked"
+        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _blind(mask: Tensor | None, multimodal: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask, with multimodal columns closed to text rows."""
+    size = len(multimodal)
+    closed = multimodal[None, :] & ~multimodal[:, None]
+    if mask is None:
+        mask = torch.zeros(1, 1, size, size, dtype=dtype)
+        closed = closed | torch.ones(size, size, dtype=torch.bool).triu(1)
+    assert mask.ndim == 4, f"a mask of shape {tuple(mask.shape)} is not eager attention's"
+    return mask.masked_fill(closed, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+def reference_logits(
+    stock: Any, layers: nn.ModuleList, inputs: dict, insert_layer: int, multimodal: Tensor
+) -> Tensor:
+    """(S, V) logits of a single row without padding; `multimodal` (S,) bool. Eager attention."""
     assert inputs["input_ids"].shape[0] == 1
-    stack = stock.get_decoder()
-    entered: list[tuple[tuple, dict]] = []
-    handle = stack.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: entered.append((args, kwargs)), with_kwargs=True
-    )
-    stock(**inputs, use_cache=False)
-    handle.remove()
-    (hidden,), kwargs = entered[0]
-    cos, sin = kwargs["position_embeddings"]
-    multimodal = inputs["input_ids"][0] == PLACEHOLDER
-
-    for index, layer in enumerate(stack.layers):
-        present = torch.arange(len(multimodal)) if index >= insert_layer else (~multimodal).nonzero()[:, 0]
-        if not len(present):
-            continue
-        allowed = present[None, :] <= present[:, None]
-        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        out = layer(
-            hidden[:, present],
-            attention_mask=mask[None, None],
-            position_embeddings=(cos[..., present, :], sin[..., present, :]),
-            position_ids=None,
-            past_key_values=None,
-            use_cache=False,
-        )
-        hidden = hidden.index_copy(1, present, out)
-    return stock.lm_head(stack.norm(hidden))[0]
+    with waiting_below(layers, insert_layer, multimodal):
+        return stock(**inputs, use_cache=False).logits[0]

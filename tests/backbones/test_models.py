@@ -1,0 +1,158 @@
+"""The promises of the variable-depth forward on every model family, at the smallest size that can break them.
+
+`test_insertion.py` tries a few families in every shape of use; here every family is tried in the shapes that
+differ between families. `docs/models.md` is written from a run of this file (`make models`).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from reference import reference_logits
+from zoo import FAMILIES, REFUSED, Family, logits_of
+
+from backbones import UnsupportedModelError, deep_insert, insert_at, remove_deep_insert
+from backbones.families import find_stack
+
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def stock(family):
+    return family.model()
+
+
+@pytest.fixture(scope="module")
+def inserted(stock):
+    return deep_insert(copy.deepcopy(stock), 0)
+
+
+@pytest.fixture(autouse=True)
+def only_what_the_stock_model_can(request):
+    if "family" in request.fixturenames:
+        name = request.function.__name__.removeprefix("test_")
+        family = request.getfixturevalue("family")
+        if name in family.without:
+            pytest.skip(family.without[name])
+
+
+def layers_of(stock):
+    return find_stack(stock).layers
+
+
+def depths_of(stock, count):
+    """A different insert layer for each of `count` rows, shallow and deep ones mixed."""
+    total = len(layers_of(stock))
+    return [(2, total, 1, total - 1)[row % 4] for row in range(count)]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_layer_0_is_stock(family, stock, inserted, padding):
+    inputs = family.batch(stock, padding=padding)
+    assert torch.equal(logits_of(inserted, inputs), logits_of(stock, inputs))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_reference(family, stock, inserted, padding):
+    """Every insert layer, against the stock model with multimodal tokens masked; each row unpadded there."""
+    plain = family.model(attention="eager")
+    inputs = family.batch(stock, padding=padding)
+    changed = 0.0
+    for layer in range(len(layers_of(stock)) + 1):
+        with insert_at(inserted, layer):
+            got = logits_of(inserted, inputs)
+        for row in range(len(family.rows)):
+            alone = family.batch(stock, padding=padding, only=row)
+            with torch.no_grad():
+                expected = reference_logits(
+                    plain, layers_of(plain), alone, layer, family.multimodal(alone["input_ids"])[0]
+                )
+            real = inputs["attention_mask"][row].bool()
+            torch.testing.assert_close(got[row][real], expected, **TOLERANCE)
+            changed = max(changed, float((expected - logits_of(stock, alone)[0]).abs().max()))
+    assert changed > 0.05, "inserting later must change the logits, or this test shows nothing"
+
+
+def test_one_layer_per_row(family, stock, inserted):
+    inputs = family.batch(stock)
+    depths = depths_of(stock, len(family.rows))
+    with insert_at(inserted, depths):
+        mixed = logits_of(inserted, inputs)
+    for row, depth in enumerate(depths):
+        with insert_at(inserted, depth):
+            alone = logits_of(inserted, family.batch(stock, only=row))[0]
+        real = inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(mixed[row][real], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["one layer", "layer per row"])
+def test_generation(family, stock, inserted, per_row):
+    """With the cache and without it, the same tokens."""
+    inputs = family.batch(stock)
+    depths = depths_of(stock, len(family.rows))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with insert_at(inserted, depths if per_row else depths[0]), torch.no_grad():
+        tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*tokens)
+
+
+def test_short_cache(family, stock, inserted):
+    """Layers below the insert layer hold no key of a multimodal token."""
+    inputs = family.batch(stock, only=0)
+    depth = len(layers_of(stock)) - 1
+    with insert_at(inserted, depth), torch.no_grad():
+        cache = inserted(**inputs, use_cache=True).past_key_values
+    total = inputs["input_ids"].shape[1]
+    text = total - int(family.multimodal(inputs["input_ids"]).sum())
+    held = [layer.keys.shape[-2] for layer in cache.layers]
+    assert held == [text] * depth + [total]
+    assert [layer.get_seq_length() for layer in cache.layers] == [total] * (depth + 1)
+
+
+def test_gradients(family, stock):
+    """Of the loss, at the middle layer, for every parameter."""
+    inserted = deep_insert(copy.deepcopy(stock), 2).requires_grad_(True)
+    plain = family.model(attention="eager").requires_grad_(True)
+    inputs = family.batch(stock, only=0)
+    multimodal = family.multimodal(inputs["input_ids"])[0]
+    target = inputs["input_ids"][0][1:]
+    loss = torch.nn.functional.cross_entropy
+    loss(inserted(**inputs, use_cache=False).logits[0, :-1], target).backward()
+    loss(reference_logits(plain, layers_of(plain), inputs, 2, multimodal)[:-1], target).backward()
+    compared = 0
+    for (name, mine), theirs in zip(inserted.named_parameters(), plain.parameters(), strict=True):
+        if mine.grad is None or theirs.grad is None:
+            assert not any(g is not None and g.any() for g in (mine.grad, theirs.grad)), name
+            continue
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=5e-5, rtol=2e-3, msg=name)
+        compared += 1
+    assert compared > 4 * len(layers_of(stock))
+
+
+def test_checkpoint(family, stock, tmp_path):
+    """Saved and loaded by stock code: no key missing, none too many; the same logits and insert layer."""
+    model = deep_insert(copy.deepcopy(stock), 3)
+    model.save_pretrained(tmp_path)
+    loaded, report = type(stock).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    inputs = family.batch(stock)
+    assert torch.equal(logits_of(deep_insert(loaded.eval()), inputs), logits_of(model, inputs))
+
+
+def test_removal(family, stock):
+    model = remove_deep_insert(deep_insert(copy.deepcopy(stock), 3))
+    inputs = family.batch(stock)
+    assert torch.equal(logits_of(model, inputs), logits_of(stock, inputs))
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refusal(name):
+    with pytest.raises(UnsupportedModelError, match=REFUSED[name].reason):
+        deep_insert(REFUSED[name].build(), 1)

@@ -1,0 +1,38 @@
+"""Every model family that the suite tries, and those that must be refused.
+
+A module of this package holds families that are built alike, as `FAMILIES`, and model types that cannot work,
+as `REFUSED`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+from .family import LAYERS, PLACEHOLDER, TEXT, VISION, Family, Media, Refused, logits_of
+
+_MODULES = [
+    import_module(f"{__name__}.{found.name}")
+    for found in pkgutil.iter_modules(__path__)
+    if found.name != "family"
+]
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for module in _MODULES for family in getattr(module, "FAMILIES", [])
+}
+REFUSED: dict[str, Refused] = {
+    refused.name: refused for module in _MODULES for refused in getattr(module, "REFUSED", [])
+}
+
+__all__ = [
+    "FAMILIES",
+    "LAYERS",
+    "PLACEHOLDER",
+    "REFUSED",
+    "TEXT",
+    "VISION",
+    "Family",
+    "Media",
+    "Refused",
+    "logits_of",
+]

@@ -1,0 +1,180 @@
+"""A small model of a real family, built from its configuration with random weights, and batches for it.
+
+A family says how to build its model and what its images, videos or sounds become: model inputs and a run of
+prompt tokens each. Everything else, padding and placing those runs among the words included, is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+LAYERS = 4
+PAD = 0
+BOS = 1
+EOS = 2
+PLACEHOLDER = 5
+WORDS = range(20, 64)
+"""Token ids of ordinary words; those below are left to a family's special tokens."""
+
+TEXT: dict[str, Any] = {
+    "vocab_size": WORDS.stop,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+"""What most text configurations take."""
+
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+Row = Sequence[int]
+"""(3, 0, 4) is three words, an image (video, sound), four words."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """The model inputs of all images of a batch, and the prompt tokens that each image becomes, in order.
+
+    Tokens may hold a family's wrapping text tokens (image start, row ends) beside its placeholders.
+    """
+
+    inputs: dict[str, Tensor]
+    tokens: list[list[int]]
+
+
+NO_MEDIA = Media({}, [])
+
+
+@dataclass(frozen=True)
+class Family:
+    """`media(model, seeds)` makes images: `seeds` has a list for each row of the batch, a seed an image.
+
+    The same seed must always give the same image, so that a row alone can be compared with the same row in a
+    batch. It returns `NO_MEDIA` where no row has an image.
+    """
+
+    name: str
+    """The `model_type` of the configuration, with `-video` or `-audio` behind it for a further modality."""
+    build: Callable[[], PreTrainedModel]
+    media: Callable[[PreTrainedModel, list[list[int]]], Media]
+    placeholders: frozenset[int] = frozenset({PLACEHOLDER})
+    """Prompt token ids whose positions hold features."""
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    """Adds the inputs that follow from ids and mask, such as `mm_token_type_ids`."""
+    scale: float = 4.0
+    """Factor on the initial matrices: large, so that a wrong row shows in the logits."""
+    rows: tuple[Row, ...] = ((3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 6))
+    """A ragged batch with one, no and two images; another where the family cannot have that one."""
+    without: Mapping[str, str] = field(default_factory=dict)
+    """Promises that the stock model itself does not keep, with the reason; see `test_models.py`."""
+    remark: str = ""
+    """What insertion means in this family, where that is not obvious; goes to `docs/models.md`."""
+
+    def model(self, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+        torch.manual_seed(seed)
+        model = self.build().eval()
+        if attention != "sdpa":
+            model.set_attn_implementation(attention)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim >= 2:
+                    weight.mul_(self.scale)
+        # Random weights may say the end token or a placeholder; generation tests want words, all of them.
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = None
+            model.generation_config.suppress_tokens = list(range(WORDS.start))
+        return model
+
+    def batch(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row] | None = None,
+        padding: str = "left",
+        *,
+        only: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Model inputs for `rows`; with `only`, for that row alone, the same words and images unpadded."""
+        rows = self.rows if rows is None else rows
+        chosen = range(len(rows)) if only is None else [only]
+        seeds = [
+            [1000 * seed + 100 * row + place for place, part in enumerate(rows[row]) if part == 0]
+            for row in chosen
+        ]
+        media = self.media(model, seeds) if any(seeds) else NO_MEDIA
+        pending = iter(media.tokens)
+        sequences = []
+        for row in chosen:
+            words = torch.Generator().manual_seed(1000 * seed + row)
+            ids: list[int] = []
+            for part in rows[row]:
+                if part == 0:
+                    ids += next(pending)
+                else:
+                    ids += torch.randint(WORDS.start, WORDS.stop, (part,), generator=words).tolist()
+            sequences.append(ids)
+        inputs = _pad(sequences, padding) | media.inputs
+        return inputs if self.finish is None else self.finish(inputs)
+
+    def multimodal(self, ids: Tensor) -> Tensor:
+        """(B, S) bool: the positions that hold features."""
+        return torch.isin(ids, torch.tensor(sorted(self.placeholders)))
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A model type that `deep_insert` refuses: `reason` is a part of what the error says."""
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    reason: str
+
+
+def _pad(sequences: list[list[int]], padding: str) -> dict[str, Tensor]:
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), PAD)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), None) if padding == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence)
+        mask[row, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    """The same random tensor for the same seed: one image, one sound."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flat(seeds: list[list[int]]) -> list[int]:
+    """The seeds of all images of the batch, in order."""
+    return [seed for row in seeds for seed in row]
+
+
+def token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`finish` for families that want to be told the image tokens: 1 there, 0 elsewhere."""
+    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == PLACEHOLDER).long()}
+
+
+def logits_of(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """(B, S, V) logits of one forward without gradients."""
+    with torch.no_grad():
+        return model(**inputs, **options).logits
