@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) -> Iterator[None]:
-    """Let the positions `multimodal` (S,) wait below `insert_layer`. Eager attention, a row without padding."""
+    """Let the positions `multimodal` (S,) wait below `insert_layer`: eager attention, a row unpadded."""
     handles = []
     for layer in layers[:insert_layer]:
         names = list(inspect.signature(layer.forward).parameters)
