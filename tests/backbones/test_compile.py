@@ -1,4 +1,4 @@
-"""`torch.compile`: decoding with a static cache is one graph, compiled once; the rest is right with breaks."""
+"""`torch.compile`: decoding with a static cache is one graph, compiled once; the rest leaves the graph."""
 
 from __future__ import annotations
 
