@@ -20,8 +20,8 @@ included.
 A supported type keeps these promises, float32 on the CPU, left and right padding:
 
 - insert layer 0 gives the stock logits bit for bit
-- every other layer gives, to 2e-5, the logits of the stock model in which multimodal rows wait and nobody sees
-  them (`tests/backbones/reference.py`)
+- every other layer gives, to 2e-5, the logits of the stock model in which multimodal rows wait and nobody
+  sees them (`tests/backbones/reference.py`)
 - with one insert layer per row, each row gets what it gets alone
 - generation with the cache gives the tokens of generation without it
 - layers below the insert layer hold no multimodal key
@@ -29,8 +29,8 @@ A supported type keeps these promises, float32 on the CPU, left and right paddin
 - a checkpoint saved and loaded by stock code has no missing and no unexpected key
 - what was installed can be removed
 
-A type that is not listed is tried by the same generic rules, and refused if they do not find its decoder stack
-or its multimodal tokens.
+A type that is not listed is tried by the same generic rules, and refused if they do not find its decoder
+stack or its multimodal tokens.
 """
 
 
