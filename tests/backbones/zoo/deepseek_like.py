@@ -1,0 +1,86 @@
+"""DeepSeek's vision models and Janus: one square image, every patch a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
+    DeepseekVLHybridConfig,
+    DeepseekVLHybridForConditionalGeneration,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
+from .llava_like import SIGLIP, square_images
+
+LLAMA = {"model_type": "llama", **TEXT}
+
+SAM: dict[str, Any] = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 4,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+    "mlp_dim": 48,
+    "initializer_range": 0.02,
+}
+"""A second tower, for images of twice the height and width."""
+
+
+def _deepseek_vl() -> PreTrainedModel:
+    return DeepseekVLForConditionalGeneration(
+        DeepseekVLConfig(text_config=LLAMA, vision_config=SIGLIP, image_token_id=PLACEHOLDER)
+    )
+
+
+def _deepseek_vl_hybrid() -> PreTrainedModel:
+    return DeepseekVLHybridForConditionalGeneration(
+        DeepseekVLHybridConfig(
+            text_config=LLAMA,
+            vision_config=SIGLIP,
+            high_res_vision_config={"model_type": "sam_vision_model", **SAM},
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
+def _janus() -> PreTrainedModel:
+    drawing = {
+        "num_embeddings": 16,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "latent_channels": 8,
+        "num_res_blocks": 1,
+        "projection_dim": 32,
+        "image_token_embed_dim": 32,
+    }
+    return JanusForConditionalGeneration(
+        JanusConfig(
+            text_config=LLAMA,
+            vision_config={**VISION, "projection_dim": 32, "num_image_tokens": 4},
+            vq_config=drawing,
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
+def _two_resolutions(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Images of 16 x 16 pixels, four tokens each, and the same images of 32 x 32 pixels."""
+    media = square_images(model, seeds)
+    fine = [noise(seed + 50, 3, 32, 32) for seed in flat(seeds)]
+    return Media(media.inputs | {"high_res_pixel_values": torch.stack(fine)}, media.tokens)
+
+
+FAMILIES = [
+    Family("deepseek_vl", _deepseek_vl, square_images),
+    Family("deepseek_vl_hybrid", _deepseek_vl_hybrid, _two_resolutions),
+    Family("janus", _janus, square_images, remark="Images understood, not drawn."),
+]
