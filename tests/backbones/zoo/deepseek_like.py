@@ -1,4 +1,4 @@
-"""DeepSeek's vision models and Janus: one square image, every patch a token."""
+"""DeepSeek's vision models and Janus: square images, a second tower or tile for what is small in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekOcr2Config,
+    DeepseekOcr2ForConditionalGeneration,
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
     DeepseekVLHybridConfig,
@@ -52,6 +54,28 @@ def _deepseek_vl_hybrid() -> PreTrainedModel:
     )
 
 
+EXPERTS: dict[str, Any] = {
+    **TEXT,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+}
+
+
+def _deepseek_ocr2() -> PreTrainedModel:
+    tower = {**SAM, "image_size": 16, "patch_size": 2, "downsample_channels": [16, 32]}
+    encoder = {**TEXT, "num_hidden_layers": 2}
+    return DeepseekOcr2ForConditionalGeneration(
+        DeepseekOcr2Config(
+            text_config=EXPERTS,
+            vision_config={"sam_config": tower, "encoder_config": encoder},
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
 def _janus() -> PreTrainedModel:
     drawing = {
         "num_embeddings": 16,
@@ -79,8 +103,20 @@ def _two_resolutions(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     return Media(media.inputs | {"high_res_pixel_values": torch.stack(fine)}, media.tokens)
 
 
+def _views(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Images of 16 x 16 pixels: 144 queries and a separator; 144 more for the tile that some have."""
+    images = [noise(seed, 3, 16, 16) for seed in flat(seeds)]
+    counts = [1 - seed % 2 for seed in flat(seeds)]
+    inputs = {"pixel_values": torch.stack(images)}
+    if any(counts):
+        near = [noise(seed + 50, 3, 16, 16) for seed, count in zip(flat(seeds), counts, strict=True) if count]
+        inputs |= {"pixel_values_local": torch.stack(near), "num_local_patches": torch.tensor(counts)}
+    return Media(inputs, [[PLACEHOLDER] * (144 * (1 + count) + 1) for count in counts])
+
+
 FAMILIES = [
     Family("deepseek_vl", _deepseek_vl, square_images),
     Family("deepseek_vl_hybrid", _deepseek_vl_hybrid, _two_resolutions),
+    Family("deepseek_ocr2", _deepseek_ocr2, _views, rows=((2, 0, 3, 0, 2), (5,), (0, 6))),
     Family("janus", _janus, square_images, remark="Images understood, not drawn."),
 ]
