@@ -88,7 +88,7 @@ def tiled_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 FAMILIES = [
     Family("llava", _llava, square_images),
-    Family("llava-mistral", partial(_llava, model_type="mistral", sliding_window=None), square_images),
+    Family("llava-mistral", partial(_llava, model_type="mistral", sliding_window=6), square_images),
     Family("vipllava", _vipllava, square_images),
     Family("llava_next", _llava_next, tiled_images),
     Family("llava_onevision", llava_onevision, tiled_images),
