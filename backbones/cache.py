@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class UnsupportedCacheError(TypeError):
@@ -96,6 +96,20 @@ def check_can_skip(cache: Cache, layer_idx: int) -> None:
             f"{getattr(kind, '__name__', kind)}{' (offloaded)' if cache.offloading else ''} cannot skip "
             "multimodal tokens yet: use the default DynamicCache (full attention), pass use_cache=False, or "
             "insert at layer 0"
+        )
+
+
+def check_can_continue(cache: Cache | None, layer_idx: int) -> None:
+    """Raise `UnsupportedCacheError` where recurrent layer `layer_idx` already holds a state.
+
+    A dummy on the left of a row would change it; before the first row there is nothing to change.
+    """
+    layer = None if cache is None or layer_idx >= len(cache.layers) else cache.layers[layer_idx]
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values()):
+        raise UnsupportedCacheError(
+            f"layer {layer_idx} carries a recurrent state, which a batch cannot continue where its rows have "
+            "different numbers of text tokens, or none, beside multimodal ones: continue one row at a time, "
+            "with text, or insert at layer 0"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, LinearAttentionCacheLayerMixin
 
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
@@ -59,6 +60,25 @@ def find_stack(model: nn.Module) -> Any:
             f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
         )
     return stack
+
+
+def recurrent_layers(stack: Any) -> frozenset[int]:
+    """Indices of the layers that hand a state from row to row (linear attention, short convolution).
+
+    Their masks say which rows are real, and their caches hold a state instead of keys.
+    """
+    types = getattr(stack.config, "layer_types", None) or []
+    found = set()
+    for index, kind in enumerate(types[: len(stack.layers)]):
+        cached: Any = DYNAMIC_LAYER_TYPE_MAPPING.get(kind, object)
+        if issubclass(cached, LinearAttentionCacheLayerMixin):
+            if issubclass(cached, DynamicLayer):
+                raise UnsupportedModelError(
+                    f"{type(stack).__name__}: layer {index} ({kind!r}) joins a recurrent state and attention, "
+                    "which is not handled yet"
+                )
+            found.add(index)
+    return frozenset(found)
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cache import ShortLayer
 from .families import UnsupportedModelError
-from .masks import select_mask
+from .masks import select_mask, select_row_mask
 from .rows import Rows
 
 _ROW_DIMENSION = {
@@ -114,15 +114,22 @@ class Forward:
         columns = self.once(("columns", id(rows), id(known), held_length, past), (rows, known), make)
         return columns, (rows is not None and rows.ragged) or (short is not None and short.ragged)
 
-    def select(self, arguments: dict[str, Any], columns: Tensor, holes: bool) -> dict[str, Any]:
+    def select(self, arguments: dict[str, Any], columns: Tensor | None, holes: bool) -> dict[str, Any]:
         """A layer's arguments for the alive rows, each selection made once for a run of layers.
+
+        `columns` are the positions of the keys that the layer will hold; None for a recurrent layer.
 
         Raises `UnsupportedModelError` for a tensor whose rows cannot be told.
         """
         rows = self.rows
         chosen = dict(arguments)
         for name, value in arguments.items():
-            if name == "attention_mask":
+            if name == "attention_mask" and columns is None:
+                if rows is not None:
+                    make = partial(select_row_mask, value, rows)
+                    chosen[name] = self.once(("row mask", id(value), id(rows)), (value, rows), make)
+            elif name == "attention_mask":
+                assert columns is not None
                 make = partial(select_mask, value, rows, self.length, columns, holes, self.flash)
                 chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import check_can_skip, holds_short_layers, short_layer, shorten
+from .cache import check_can_continue, check_can_skip, holds_short_layers, short_layer, shorten
 from .families import (
     UnsupportedModelError,
     base_model_of,
     find_placeholder_owner,
     find_stack,
     placeholder_token_ids,
+    recurrent_layers,
 )
 from .forward import Forward
 from .rows import Rows, rows_of
@@ -161,6 +162,7 @@ class Insertion:
         self.insert_layer = 0
         self.num_layers = len(stack.layers)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
+        self.recurrent = recurrent_layers(stack)
         self.owner = find_placeholder_owner(model)
         self.embedding = model.get_input_embeddings()
         self.entrance = model.base_model
@@ -314,6 +316,9 @@ class Insertion:
             return stock(hidden, *args[1:], **kwargs)
         # Names, so that a tensor handed over by position is recognised too.
         kwargs = dict(zip(self.layer_arguments[1:], args[1:], strict=False)) | kwargs
+        if index in self.recurrent:
+            output = self.call_recurrent(index, stock, hidden, kwargs, forward)
+            return _map_hidden(output, forward.leave) if index == self.num_layers - 1 else output
         past = 0 if cache is None else cache.get_seq_length(index)
         if forward.rows is not None and cache is not None:
             check_can_skip(cache, index)
@@ -325,6 +330,15 @@ class Insertion:
             if index == self.num_layers - 1:
                 return _map_hidden(output, forward.leave)
         return output
+
+    def call_recurrent(
+        self, index: int, stock: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any], forward: Forward
+    ) -> Any:
+        """A layer that hands a state from row to row: those that wait are not there, dummies are no rows."""
+        assert forward.rows is not None
+        if forward.rows.ragged:
+            check_can_continue(kwargs.get("past_key_values"), index)
+        return stock(hidden, **forward.select(kwargs, None, False))
 
 
 def _for_batch(mask: Tensor, embeds: Tensor) -> Tensor:

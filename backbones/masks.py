@@ -44,6 +44,14 @@ def select_mask(
     return _close_holes(mask, columns) if holes else mask
 
 
+def select_row_mask(mask: Tensor | None, rows: Rows) -> Tensor | None:
+    """The mask of a recurrent layer, (B, S) or None for all, for the alive rows; a dummy is no real row."""
+    selected = None if mask is None else rows.take(mask, 1)
+    if not rows.ragged:
+        return selected
+    return rows.valid.long() if selected is None else selected.masked_fill(~rows.valid, 0)
+
+
 def _causal_mask(columns: Tensor, queries: int) -> Tensor:
     """(B, 1, R, K) bool: a key is seen by the queries at or after its position."""
     position = columns[:, columns.shape[1] - queries :]
