@@ -11,11 +11,21 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
+
+
+_CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+"""Layers cached in other ways keep blocks, indices or several things of different lengths."""
 
 
 class UnsupportedModelError(ValueError):
@@ -55,11 +65,22 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
+    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
+        if _cached_as(kind) not in _CACHED_PLAINLY:
+            raise UnsupportedModelError(
+                f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
+                "leaving rows out of them is not handled yet"
+            )
     if "deepstack_visual_embeds" in inspect.signature(type(stack).forward).parameters:
         raise UnsupportedModelError(
             f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
         )
     return stack
+
+
+def _cached_as(kind: str) -> Any:
+    """The class of cache layer that `transformers` keeps for a decoder layer of a type."""
+    return DummyLayer if kind in ("moe", "mlp") else DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
 
 
 def recurrent_layers(stack: Any) -> frozenset[int]:
@@ -68,17 +89,7 @@ def recurrent_layers(stack: Any) -> frozenset[int]:
     Their masks say which rows are real, and their caches hold a state instead of keys.
     """
     types = getattr(stack.config, "layer_types", None) or []
-    found = set()
-    for index, kind in enumerate(types[: len(stack.layers)]):
-        cached: Any = DYNAMIC_LAYER_TYPE_MAPPING.get(kind, object)
-        if issubclass(cached, LinearAttentionCacheLayerMixin):
-            if issubclass(cached, DynamicLayer):
-                raise UnsupportedModelError(
-                    f"{type(stack).__name__}: layer {index} ({kind!r}) joins a recurrent state and attention, "
-                    "which is not handled yet"
-                )
-            found.add(index)
-    return frozenset(found)
+    return frozenset(index for index, kind in enumerate(types) if _cached_as(kind) is LinearAttentionLayer)
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
