@@ -15,9 +15,11 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
+    Qwen4ExpConfig,
+    Qwen4ExpForConditionalGeneration,
 )
 
-from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
+from .family import LAYERS, PLACEHOLDER, TEXT, Family, Media, Refused, flat, noise
 from .grids import SPECIAL, VISUAL, modalities, patched
 
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -81,6 +83,26 @@ def _qwen3_5_moe() -> PreTrainedModel:
     )
 
 
+def _qwen4_exp() -> PreTrainedModel:
+    text = {
+        **TEXT,
+        **LINEAR,
+        **EXPERTS,
+        "layer_types": ["linear_attention", "indexed_attention"] * (LAYERS // 2),
+        "shared_expert_intermediate_size": 16,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    }
+    del text["intermediate_size"]
+    vision = {**VISION, "num_position_embeddings": 16}
+    return Qwen4ExpForConditionalGeneration(Qwen4ExpConfig(text_config=text, vision_config=vision, **SPECIAL))
+
+
 def _qwen2_audio() -> PreTrainedModel:
     return Qwen2AudioForConditionalGeneration(
         Qwen2AudioConfig(
@@ -122,3 +144,5 @@ FAMILIES = [
     Family("qwen3_5_moe", _qwen3_5_moe, FRAMES, VISUAL, modalities),
     Family("qwen2_audio", _qwen2_audio, _sounds),
 ]
+
+REFUSED = [Refused("qwen4_exp", _qwen4_exp, "'indexed_attention'")]
