@@ -30,6 +30,7 @@ PatchMedia = Callable[[PreTrainedModel, list[list[int]]], Media]
 
 def patched(
     *,
+    images: bool = True,
     videos: bool = False,
     values: int = 3 * 2 * 4 * 4,
     wrapped: bool = False,
@@ -39,7 +40,8 @@ def patched(
 ) -> PatchMedia:
     """Makes images of 4 x 4 or 4 x 8 patches with `values` numbers each, 2 x 2 patches merged into a token.
 
-    With `videos`, odd seeds become videos of two or four frames of 4 x 4 patches, so that a batch holds both.
+    With `videos`, odd seeds become videos of two or four frames of 4 x 4 patches, so that a batch holds both;
+    without `images`, all do.
     `wrapped` puts start and end tokens around; `frames_apart` gives each frame of a video its own run, after
     a token for its time; a frame's tokens are `frame_token`s, one run for every `frames_merged` frames.
     """
@@ -52,7 +54,7 @@ def patched(
         tokens = []
         for seed in flat(seeds):
             large = (seed // 2) % 2
-            if videos and seed % 2:
+            if videos and (seed % 2 or not images):
                 frames, rows, columns = 2 + 2 * large, 4, 4
                 names = "pixel_values_videos", "video_grid_thw"
                 run = [frame_token] * (rows * columns // 4)
