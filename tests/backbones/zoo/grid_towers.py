@@ -132,8 +132,8 @@ def _small_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 FAMILIES = [
     Family("hyperclovax_vision_v2", _hyperclovax, patched(), VISUAL),
     Family("hyperclovax_vision_v2-video", _hyperclovax, patched(videos=True), VISUAL),
-    # The stock model counts images over the whole batch in its positions, so that a row with images depends on
-    # the rows before it; a single row has them here.
+    # The stock model counts images over the whole batch in its positions, so that a row with images depends
+    # on the rows before it; a single row has them here.
     Family("hunyuan_vl", _hunyuan_vl, _framed, finish=modalities, rows=((2, 0, 3, 0, 2), (5,), (9,))),
     Family("kimi_k25", _kimi_k25, _small_images, VISUAL),
     Family("cosmos3_edge", _cosmos3_edge, patched(values=_FLAT, wrapped=True), VISUAL, modalities),
