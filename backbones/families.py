@@ -6,11 +6,9 @@ that no model ever runs silently at insert layer 0.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     DummyLayer,
@@ -18,6 +16,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers import PreTrainedConfig, PreTrainedModel
 
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
@@ -26,6 +25,9 @@ PLACEHOLDER_NAMES = tuple(
 
 _CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
 """Layers cached in other ways keep blocks, indices or several things of different lengths."""
+
+_CACHED_NOT_AT_ALL = ("moe", "mlp")
+"""Types of layers without attention."""
 
 
 class UnsupportedModelError(ValueError):
@@ -66,30 +68,12 @@ def find_stack(model: nn.Module) -> Any:
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
     for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
-        if _cached_as(kind) not in _CACHED_PLAINLY:
+        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
             raise UnsupportedModelError(
                 f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
                 "leaving rows out of them is not handled yet"
             )
-    if "deepstack_visual_embeds" in inspect.signature(type(stack).forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
-        )
     return stack
-
-
-def _cached_as(kind: str) -> Any:
-    """The class of cache layer that `transformers` keeps for a decoder layer of a type."""
-    return DummyLayer if kind in ("moe", "mlp") else DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
-
-
-def recurrent_layers(stack: Any) -> frozenset[int]:
-    """Indices of the layers that hand a state from row to row (linear attention, short convolution).
-
-    Their masks say which rows are real, and their caches hold a state instead of keys.
-    """
-    types = getattr(stack.config, "layer_types", None) or []
-    return frozenset(index for index, kind in enumerate(types) if _cached_as(kind) is LinearAttentionLayer)
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
@@ -102,3 +86,13 @@ def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     """Token ids that stand for multimodal tokens, by the names configurations use for them."""
     found = (getattr(config, name, None) for name in PLACEHOLDER_NAMES)
     return frozenset(token for token in found if isinstance(token, int) and token >= 0)
+
+
+RECURRENT = frozenset({"linear_attention", "conv"})
+
+
+def is_recurrent(stack: Any, index: int) -> bool:
+    """Whether decoder layer `index` carries a state from row to row (linear attention, short convolution,
+    state space) instead of attending to keys."""
+    kinds = getattr(stack.config, "layer_types", None) or []
+    return index < len(kinds) and kinds[index] in RECURRENT
