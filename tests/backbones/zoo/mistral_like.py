@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from transformers import (
     LightOnOcrForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Mistral4Config,
+    Mistral4ForCausalLM,
+    MistralLarge4Config,
+    MistralLarge4ForConditionalGeneration,
     PreTrainedModel,
 )
 
-from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
+from .family import PLACEHOLDER, TEXT, Family, Media, Refused, flat, noise
 
 PIXTRAL: dict[str, Any] = {
     "model_type": "pixtral",
@@ -36,26 +41,57 @@ SCALED_ROTARY = {
 """Queries grow with the position, so that every position must be the one in the whole sequence."""
 
 
-def _mistral3() -> PreTrainedModel:
+LATENT: dict[str, Any] = {
+    **TEXT,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+"""Keys and values from a common latent vector, experts from the second layer on."""
+
+
+def _mistral3(**text: Any) -> PreTrainedModel:
     return Mistral3ForConditionalGeneration(
         Mistral3Config(
-            text_config={"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT},
+            text_config={"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT, **text},
             vision_config=PIXTRAL,
             image_token_id=PLACEHOLDER,
         )
     )
 
 
-def _ministral3() -> PreTrainedModel:
+_ministral3 = partial(
+    _mistral3, model_type="ministral3", rope_parameters=SCALED_ROTARY, max_position_embeddings=8
+)
+
+
+MISTRAL4 = {**LATENT, "q_lora_rank": 16, "rope_parameters": SCALED_ROTARY, "max_position_embeddings": 8}
+
+
+def _mistral_small_4() -> PreTrainedModel:
     return Mistral3ForConditionalGeneration(
         Mistral3Config(
-            text_config={
-                "model_type": "ministral3",
-                "head_dim": 8,
-                **TEXT,
-                "rope_parameters": SCALED_ROTARY,
-                "max_position_embeddings": 8,
-            },
+            text_config={"model_type": "mistral4", **MISTRAL4},
+            vision_config=PIXTRAL,
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
+def _mistral4() -> PreTrainedModel:
+    return Mistral4ForCausalLM(Mistral4Config(**MISTRAL4))
+
+
+def _mistral_large4() -> PreTrainedModel:
+    return MistralLarge4ForConditionalGeneration(
+        MistralLarge4Config(
+            text_config={**LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 8},
             vision_config=PIXTRAL,
             image_token_id=PLACEHOLDER,
         )
@@ -91,5 +127,11 @@ def counted_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 FAMILIES = [
     Family("mistral3", _mistral3, cropped_images),
     Family("mistral3-ministral3", _ministral3, cropped_images, finish=counted_positions),
+    Family("mistral3-mistral4", _mistral_small_4, cropped_images, finish=counted_positions),
     Family("lighton_ocr", _lighton_ocr, cropped_images),
+]
+
+REFUSED = [
+    Refused("mistral4", _mistral4, "no placeholder tokens"),
+    Refused("mistral_large4", _mistral_large4, "choose or keep their keys in a way of their own"),
 ]
