@@ -15,9 +15,11 @@ from transformers import (
     JanusConfig,
     JanusForConditionalGeneration,
     PreTrainedModel,
+    UnlimitedOcrConfig,
+    UnlimitedOcrForConditionalGeneration,
 )
 
-from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
+from .family import PLACEHOLDER, TEXT, VISION, Family, Media, Refused, flat, noise
 from .llava_like import SIGLIP, square_images
 
 LLAMA = {"model_type": "llama", **TEXT}
@@ -76,6 +78,18 @@ def _deepseek_ocr2() -> PreTrainedModel:
     )
 
 
+def _unlimited_ocr() -> PreTrainedModel:
+    tower = {**SAM, "image_size": 16, "patch_size": 2, "downsample_channels": [16, 32]}
+    encoder = {**VISION, "image_size": 16}
+    return UnlimitedOcrForConditionalGeneration(
+        UnlimitedOcrConfig(
+            text_config={**EXPERTS, "sliding_window": 6},
+            vision_config={"sam_config": tower, "encoder_config": encoder},
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
 def _janus() -> PreTrainedModel:
     drawing = {
         "num_embeddings": 16,
@@ -119,4 +133,8 @@ FAMILIES = [
     Family("deepseek_vl_hybrid", _deepseek_vl_hybrid, _two_resolutions),
     Family("deepseek_ocr2", _deepseek_ocr2, _views, rows=((2, 0, 3, 0, 2), (5,), (0, 6))),
     Family("janus", _janus, square_images, remark="Images understood, not drawn."),
+]
+
+REFUSED = [
+    Refused("unlimited_ocr", _unlimited_ocr, "choose or keep their keys in a way of their own"),
 ]
