@@ -131,7 +131,7 @@ def _views(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 FAMILIES = [
     Family("deepseek_vl", _deepseek_vl, square_images),
     Family("deepseek_vl_hybrid", _deepseek_vl_hybrid, _two_resolutions),
-    Family("deepseek_ocr2", _deepseek_ocr2, _views, rows=((2, 0, 3, 0, 2), (5,), (0, 6))),
+    Family("deepseek_ocr2", _deepseek_ocr2, _views, rows=((3, 0, 4), (5,), (0, 6))),
     Family("janus", _janus, square_images, remark="Images understood, not drawn."),
 ]
 
