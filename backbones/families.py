@@ -73,7 +73,18 @@ def find_stack(model: nn.Module) -> Any:
                 f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
                 "leaving rows out of them is not handled yet"
             )
+    if any(_projects_with_bias(getattr(layer, "conv", None)) for layer in stack.layers):
+        raise UnsupportedModelError(
+            f"{name} has short convolutions with a bias: padding would not be zero in them, and reach the "
+            "rows after it"
+        )
     return stack
+
+
+def _projects_with_bias(convolution: Any) -> bool:
+    """Whether what a short convolution makes of an all-zero row is something else than zero."""
+    projection = getattr(convolution, "in_proj", None)
+    return getattr(projection, "bias", None) is not None
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:

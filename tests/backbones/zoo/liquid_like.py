@@ -17,10 +17,11 @@ from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 from .llava_video import BOTH, VIDEO, either
 
 
-def _lfm2_vl() -> PreTrainedModel:
+def lfm2_vl(conv_bias: bool = False) -> PreTrainedModel:
     text: dict[str, Any] = {
         **TEXT,
         "model_type": "lfm2",
+        "conv_bias": conv_bias,
         "block_auto_adjust_ff_dim": False,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     }
@@ -104,7 +105,7 @@ def _videos(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 FAMILIES = [
-    Family("lfm2_vl", _lfm2_vl, _padded_patches),
+    Family("lfm2_vl", lfm2_vl, _padded_patches),
     Family("lfm3_vl", _lfm3_vl, _images),
     Family("lfm3_vl-video", _lfm3_vl, either(_images, _videos), BOTH),
 ]
