@@ -10,10 +10,24 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
+
+
+_CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+"""Layers cached in other ways keep blocks, indices or several things of different lengths."""
+
+_CACHED_NOT_AT_ALL = ("moe", "mlp")
+"""Types of layers without attention."""
 
 
 class UnsupportedModelError(ValueError):
@@ -53,7 +67,24 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
+    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
+        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
+            raise UnsupportedModelError(
+                f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
+                "leaving rows out of them is not handled yet"
+            )
+    if any(_projects_with_bias(getattr(layer, "conv", None)) for layer in stack.layers):
+        raise UnsupportedModelError(
+            f"{name} has short convolutions with a bias: padding would not be zero in them, and reach the "
+            "rows after it"
+        )
     return stack
+
+
+def _projects_with_bias(convolution: Any) -> bool:
+    """Whether what a short convolution makes of an all-zero row is something else than zero."""
+    projection = getattr(convolution, "in_proj", None)
+    return getattr(projection, "bias", None) is not None
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
@@ -68,7 +99,7 @@ def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     return frozenset(token for token in found if isinstance(token, int) and token >= 0)
 
 
-RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
+RECURRENT = frozenset({"linear_attention", "conv"})
 
 
 def is_recurrent(stack: Any, index: int) -> bool:

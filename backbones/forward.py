@@ -24,6 +24,7 @@ _ROW_DIMENSION = {
     "position_ids": -1,
     "token_type_ids": -1,
     "mm_token_type_ids": -1,
+    "moe_mm_token_type_ids": -1,
 }
 """Where the rows are in what a stack hands each layer."""
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import LayerKeys, holds_short_layers, is_short_static
+from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static
 from .families import UnsupportedModelError, find_placeholder_owner, is_recurrent, placeholder_token_ids
 from .forward import Forward
 from .grouping import can_group, in_groups
@@ -296,6 +296,8 @@ class Insertion:
         else:
             if forward.rows is not None:
                 keys.check_can_skip()
+                if self.recurrent[index] and forward.rows.ragged:
+                    check_can_continue(call.get("past_key_values"), index)
             columns = forward.columns(keys, hidden)
             output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
             if forward.rows is not None or keys.short:

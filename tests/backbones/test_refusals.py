@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 from zoo import FAMILIES, LAYERS, TEXT, logits_of
+from zoo.liquid_like import lfm2_vl
 
 from backbones import UnsupportedModelError, deep_insert, insert_at, set_insert_layer
 from backbones.cache import UnsupportedCacheError
@@ -104,6 +105,12 @@ def test_cross_attention():
     model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
     with pytest.raises(UnsupportedModelError, match="cross-attention"):
         deep_insert(model, 1)
+
+
+def test_convolutions_with_a_bias():
+    """A row alone and the same row beside a longer one would differ, as a dummy would not be zero."""
+    with pytest.raises(UnsupportedModelError, match="short convolutions with a bias"):
+        deep_insert(lfm2_vl(conv_bias=True), 1)
 
 
 def test_a_cache_that_cannot_skip(llava):
