@@ -111,11 +111,12 @@ def test_short_cache(family, stock, inserted):
         cache = inserted(**inputs, use_cache=True).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
-    # A recurrent layer holds no keys.
+    # A recurrent layer holds no keys, a sliding one those of its window.
     attending = {index: layer for index, layer in enumerate(cache.layers) if hasattr(layer, "keys")}
     assert attending
     for index, layer in attending.items():
-        assert layer.keys.shape[-2] == (text if index < depth else total)
+        seen = text if index < depth else total
+        assert layer.keys.shape[-2] == (min(seen, layer.sliding_window - 1) if layer.is_sliding else seen)
         assert layer.get_seq_length() == total
 
 
