@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from transformers import (
+    CohereCompassConfig,
+    CohereCompassForConditionalGeneration,
+    Cosmos3OmniConfig,
+    Cosmos3OmniForConditionalGeneration,
     PreTrainedModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -10,7 +14,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from .family import TEXT, Family
+from .family import LAYERS, TEXT, Family
 from .grids import SPECIAL, VISUAL, modalities, patched
 from .qwen_like import EXPERTS, FRAMES, INTERLEAVED, VISION
 
@@ -32,8 +36,33 @@ def _qwen3_vl_moe() -> PreTrainedModel:
     )
 
 
+def _cosmos3_omni() -> PreTrainedModel:
+    text = {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED}
+    vision = {"model_type": "qwen3_vl_vision", **DEEP_VISION}
+    return Cosmos3OmniForConditionalGeneration(
+        Cosmos3OmniConfig(text_config=text, vision_config=vision, **SPECIAL)
+    )
+
+
+def _cohere_compass() -> PreTrainedModel:
+    text = {
+        **TEXT,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+        "rope_parameters": {"sliding_attention": INTERLEAVED, "full_attention": None},
+        "logit_scale": 2.0,
+    }
+    return CohereCompassForConditionalGeneration(
+        CohereCompassConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
+    )
+
+
 FAMILIES = [
     Family("qwen3_vl", _qwen3_vl, patched(wrapped=True), VISUAL, modalities),
     Family("qwen3_vl-video", _qwen3_vl, FRAMES, VISUAL, modalities),
     Family("qwen3_vl_moe", _qwen3_vl_moe, FRAMES, VISUAL, modalities),
+    Family("cosmos3_omni", _cosmos3_omni, patched(wrapped=True), VISUAL, modalities),
+    Family("cosmos3_omni-video", _cosmos3_omni, FRAMES, VISUAL, modalities),
+    Family("cohere_compass", _cohere_compass, patched(wrapped=True), VISUAL, modalities),
+    Family("cohere_compass-video", _cohere_compass, FRAMES, VISUAL, modalities),
 ]
