@@ -52,6 +52,12 @@ def find_stack(model: nn.Module) -> Any:
     """
     model = base_model_of(model)
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    if type(model).forward is nn.Module.forward:
+        parts = [part for part, module in model.named_children() if hasattr(type(module), "get_decoder")]
+        raise UnsupportedModelError(
+            f"{name} has no forward of its own; give the part of it that reads images, video or sounds "
+            f"(among {', '.join(parts)}): what is set there holds when the whole model calls it"
+        )
     if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder stacks are supported")
     stack: Any = model.get_decoder()

@@ -225,12 +225,23 @@ class Insertion:
             multimodal = None
             if max(layers) > 0:
                 multimodal = seen.multimodal(embeds, self.placeholder_ids, explicit)
+            if multimodal is not None:
+                self.check_recorded(call)
             per_row = _one_per_row(layers, embeds.shape[0])
             if multimodal is not None and can_group(self.stack, per_row, call):
                 return in_groups(partial(self.run, stock), per_row, multimodal, call)
             return self.run(stock, per_row, multimodal, call)
         finally:
             progress.depth -= 1
+
+    def check_recorded(self, call: dict[str, Any]) -> None:
+        """Refuse router logits: the stock loss that balances experts would give them to the wrong tokens."""
+        name = "output_router_logits"
+        if call.get(name, getattr(self.stack.config, name, False)):
+            raise ValueError(
+                f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the "
+                "loss that balances the experts cannot know; set it to False"
+            )
 
     def run(
         self,

@@ -111,7 +111,7 @@ def test_short_cache(family, stock, inserted):
         cache = inserted(**inputs, use_cache=True).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
-    # A recurrent layer holds no keys.
+    # A recurrent layer holds no keys, a sliding one those of its window.
     attending = {index: layer for index, layer in enumerate(cache.layers) if hasattr(layer, "keys")}
     assert attending
     for index, layer in attending.items():

@@ -127,3 +127,12 @@ def test_a_layer_called_by_itself(llava):
     layer = llava.get_decoder().layers[0]
     with pytest.raises(UnsupportedModelError, match="outside of its stack"), insert_at(llava, 2):
         layer(torch.zeros(1, 3, 32), position_embeddings=(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
+def test_router_logits():
+    family = FAMILIES["qwen3_vl_moe"]
+    model = deep_insert(family.model(), 0)
+    inputs = family.batch(model)
+    assert model(**inputs, output_router_logits=True).aux_loss.isfinite()
+    with insert_at(model, 2), pytest.raises(ValueError, match="output_router_logits needs insert layer 0"):
+        model(**inputs, output_router_logits=True)

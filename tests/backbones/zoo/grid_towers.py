@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import (
@@ -13,10 +14,12 @@ from transformers import (
     HyperCLOVAXVisionV2ForConditionalGeneration,
     Kimi_K25Config,
     Kimi_K25ForConditionalGeneration,
+    MiniMaxM3SparseForConditionalGeneration,
+    MiniMaxM3VLConfig,
     PreTrainedModel,
 )
 
-from .family import PLACEHOLDER, TEXT, Family, Media
+from .family import LAYERS, PLACEHOLDER, TEXT, Family, Media, Refused
 from .grids import SPECIAL, VIDEO, VISUAL, modalities, patched
 
 WINDOWED: dict[str, Any] = {
@@ -109,6 +112,41 @@ def _cosmos3_edge() -> PreTrainedModel:
     )
 
 
+def _minimax(attention: str) -> PreTrainedModel:
+    text = {
+        **TEXT,
+        "head_dim": 8,
+        "rotary_dim": 4,
+        "dense_intermediate_size": 48,
+        "shared_intermediate_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1),
+        "layer_types": ["full_attention"] + [attention] * (LAYERS - 1),
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    return MiniMaxM3SparseForConditionalGeneration(
+        MiniMaxM3VLConfig(
+            text_config=text,
+            vision_config=vision,
+            projector_hidden_size=32,
+            image_token_index=PLACEHOLDER,
+            video_token_index=VIDEO,
+        )
+    )
+
+
 _FLAT = 3 * 4 * 4
 """Numbers in a patch of a single frame."""
 
@@ -144,4 +182,15 @@ FAMILIES = [
         VISUAL,
         modalities,
     ),
+    Family(
+        "minimax_m3_vl",
+        partial(_minimax, "full_attention"),
+        patched(wrapped=True),
+        VISUAL,
+        remark="with full attention in every layer; sparse layers are refused",
+    ),
+    Family(
+        "minimax_m3_vl-video", partial(_minimax, "full_attention"), patched(videos=True, wrapped=True), VISUAL
+    ),
 ]
+REFUSED = [Refused("minimax_m3_vl (sparse)", partial(_minimax, "minimax_m3_sparse"), "minimax_m3_sparse")]

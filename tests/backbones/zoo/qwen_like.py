@@ -36,9 +36,12 @@ VISION = {
 
 
 def _qwen2_vl() -> PreTrainedModel:
+    windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
     return Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config={**TEXT, "rope_parameters": ROTARY}, vision_config=vision, **SPECIAL)
+        Qwen2VLConfig(
+            text_config={**TEXT, **windows, "rope_parameters": ROTARY}, vision_config=vision, **SPECIAL
+        )
     )
 
 
