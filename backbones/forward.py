@@ -21,6 +21,7 @@ from .rows import Rows
 
 _ROW_DIMENSION = {
     "position_embeddings": -2,
+    "per_layer_input": -2,
     "position_ids": -1,
     "token_type_ids": -1,
     "mm_token_type_ids": -1,
@@ -53,7 +54,8 @@ class Forward:
     stages: dict[int, Rows | None]
     flash: bool
     entered: Tensor | None = None
-    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
+    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet; (A, B, S, D) where a model
+    carries A streams."""
     rows: Rows | None = None
     """The rows that the hidden states now hold."""
     memo: dict[tuple, tuple] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Forward:
             return hidden
         full = self.leave(hidden)
         self.rows = self.stages[layer_idx]
-        return full if self.rows is None else self.rows.take(full, 1)
+        return full if self.rows is None else self.rows.take(full, -2)
 
     def leave(self, hidden: Tensor) -> Tensor:
         """(B, S, D): hidden states at full length again."""
@@ -98,7 +100,7 @@ class Forward:
         rows = self.rows
 
         def make() -> Tensor:
-            batch, device = hidden.shape[0], hidden.device
+            batch, device = hidden.shape[-3], hidden.device
             if short is not None:
                 held = short.key_columns()
             else:
