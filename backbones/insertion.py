@@ -126,6 +126,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.layers: list[int] | None = None
         self.explicit_mask: Tensor | None = None
+        self.inside = False
         self.input_ids: Tensor | None = None
         self.embedded: Tensor | None = None
         self.scattered: Tensor | None = None
@@ -135,6 +136,7 @@ class _Local(threading.local):
         return _Local()
 
     def forget(self) -> None:
+        self.inside = False
         self.input_ids = self.embedded = self.scattered = self.forward = None
 
 
@@ -214,16 +216,24 @@ class Insertion:
         if isinstance(ids, Tensor) and ids.ndim == 2:
             self.local.forget()
             self.local.input_ids = ids
+            self.local.inside = True
 
     def left(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook after the model, also where it failed before the stack."""
         self.local.forget()
 
     def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`."""
-        if args and args[0].ndim == 2 and getattr(self.stack, _ATTRIBUTE, None) is self:
+        """Hook on the input embeddings: a forward starts with them, unless the model was given the ids.
+
+        A model may then embed others, with padding in the place of its placeholders (Gemma 4).
+        """
+        if not args or args[0].ndim != 2 or getattr(self.stack, _ATTRIBUTE, None) is not self:
+            return
+        if not self.local.inside:
             self.local.forget()
-            self.local.input_ids, self.local.embedded = args[0], output
+            self.local.input_ids = args[0]
+        if self.local.embedded is None:
+            self.local.embedded = output
 
     def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`get_placeholder_mask`, noting where it says that features go: one mask or one a modality."""
