@@ -58,7 +58,22 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
         )
+    if "inputs_embeds" not in inspect.signature(type(stack).forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}: its decoder takes no embeddings, so multimodal tokens are never rows of it"
+        )
     return stack
+
+
+def deepest_insert_layer(stack: Any) -> int:
+    """The number of layers, or the first one whose keys later layers read instead of making their own.
+
+    A later layer that holds all rows could not read keys made without the multimodal ones.
+    """
+    modes: Any = getattr(stack.config, "kv_sharing_modes", None) or []
+    readers = {stack.config.layer_types[index] for index, mode in enumerate(modes) if mode == "reuse"}
+    read = [i for i, mode in enumerate(modes) if mode == "store" and stack.config.layer_types[i] in readers]
+    return min(read, default=len(stack.layers))
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:

@@ -25,6 +25,7 @@ from .cache import check_can_skip, holds_short_layers, short_layer, shorten
 from .families import (
     UnsupportedModelError,
     base_model_of,
+    deepest_insert_layer,
     find_placeholder_owner,
     find_stack,
     placeholder_token_ids,
@@ -46,7 +47,7 @@ def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     class, parameters and `state_dict` are unchanged; a PEFT model is changed through its base model.
 
     Raises `UnsupportedModelError` for models without a decoder stack fed by an encoder's features, and
-    `ValueError` for a layer outside 0 to N.
+    `ValueError` for a layer outside 0 to N, or to the first layer whose keys later layers share.
     """
     base = base_model_of(model)
     stack = find_stack(base)
@@ -162,6 +163,7 @@ class Insertion:
         self.stack = stack
         self.insert_layer = 0
         self.num_layers = len(stack.layers)
+        self.deepest = deepest_insert_layer(stack)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.owner = find_placeholder_owner(model)
         self.embedding = model.get_input_embeddings()
@@ -176,11 +178,15 @@ class Insertion:
         self.handles: list[Any] = []
 
     def check(self, layers: Sequence[int]) -> None:
-        wrong = [layer for layer in layers if not 0 <= layer <= self.num_layers]
+        wrong = [layer for layer in layers if not 0 <= layer <= self.deepest]
         if wrong or not layers:
+            limit = (
+                "the number of decoder layers of this model"
+                if self.deepest == self.num_layers
+                else f"the first of its {self.num_layers} decoder layers whose keys later layers share"
+            )
             raise ValueError(
-                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.num_layers}, "
-                f"the number of decoder layers of this model"
+                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
             )
 
     def install(self) -> None:
