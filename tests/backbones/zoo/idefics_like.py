@@ -76,7 +76,10 @@ def _masked_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 def tiles_of(seeds: list[list[int]]) -> list[list[Tensor]]:
     """The tiles of each row's images, one or two an image."""
-    return [[noise(10_000 * tile + seed, 3, 16, 16) for seed in row for tile in range(1 + seed % 2)] for row in seeds]
+    return [
+        [noise(10_000 * tile + seed, 3, 16, 16) for seed in row for tile in range(1 + seed % 2)]
+        for row in seeds
+    ]
 
 
 def _split_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
