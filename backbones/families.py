@@ -82,6 +82,12 @@ def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
     return owners[0] if owners else None
 
 
+def placeholder_methods(owner: Any | None) -> list[str]:
+    """Names of the methods of `owner` that say where features are scattered; some have another for sounds."""
+    names = dir(type(owner))
+    return [name for name in names if name.startswith("get_") and name.endswith("placeholder_mask")]
+
+
 def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     """Token ids that stand for multimodal tokens, by the names configurations use for them."""
     found = (getattr(config, name, None) for name in PLACEHOLDER_NAMES)

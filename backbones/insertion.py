@@ -28,6 +28,7 @@ from .families import (
     deepest_insert_layer,
     find_placeholder_owner,
     find_stack,
+    placeholder_methods,
     placeholder_token_ids,
 )
 from .forward import Forward
@@ -198,13 +199,13 @@ class Insertion:
         self.handles = [
             self.embedding.register_forward_hook(_EmbeddingHook(self)),
             self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
-            self.entrance.register_forward_hook(self.left, always_call=True),
             self.stack.register_forward_pre_hook(self.begin, with_kwargs=True),
             self.stack.register_forward_hook(self.end, always_call=True),
+            self.entrance.register_forward_hook(self.left, always_call=True),
         ]
-        if self.owner is not None:
+        for name in placeholder_methods(self.owner):
             # A partial of bound methods, unlike a closure, is copied right by copy.deepcopy.
-            self.owner.get_placeholder_mask = partial(self.saw_placeholders, self.owner.get_placeholder_mask)
+            setattr(self.owner, name, partial(self.saw_placeholders, getattr(self.owner, name)))
 
     def uninstall(self) -> None:
         for layer in self.stack.layers:
@@ -212,8 +213,8 @@ class Insertion:
             delattr(layer, _ATTRIBUTE)
         for handle in self.handles:
             handle.remove()
-        if self.owner is not None:
-            del self.owner.get_placeholder_mask
+        for name in placeholder_methods(self.owner):
+            delattr(self.owner, name)
         delattr(self.stack, _ATTRIBUTE)
 
     def entered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
