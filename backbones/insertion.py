@@ -132,6 +132,7 @@ class _Local(threading.local):
         self.input_ids: Tensor | None = None
         self.embedded: Tensor | None = None
         self.scattered: Tensor | None = None
+        self.unplanned: dict[str, Any] | None = None
         self.forward: Forward | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
@@ -139,7 +140,7 @@ class _Local(threading.local):
 
     def forget(self) -> None:
         self.inside = False
-        self.input_ids = self.embedded = self.scattered = self.forward = None
+        self.input_ids = self.embedded = self.scattered = self.unplanned = self.forward = None
 
 
 class _EmbeddingHook:
@@ -243,7 +244,7 @@ class Insertion:
             self.local.embedded = output
 
     def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`get_placeholder_mask`, noting where it says that features go: one mask or one a modality."""
+        """A `get_placeholder_mask`, noting where it says that features go: one mask or one a modality."""
         result = stock(*args, **kwargs)
         for mask in result if isinstance(result, tuple) else (result,):
             flat = mask[..., 0] if mask.ndim == 3 else mask
@@ -252,20 +253,30 @@ class Insertion:
         return result
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook before the stack: decide which rows are alive in which layers."""
+        """Hook before the stack: decide which rows are alive in which layers.
+
+        Where the stack itself embeds the ids, and maybe scatters the features (Chameleon), its first layer is
+        where that can be told.
+        """
         local = self.local
-        local.forward = None
+        local.unplanned = local.forward = None
         call = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         layers = local.layers or [self.insert_layer]
         if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
             return
         embeds = call.get("inputs_embeds")
         if embeds is None:
-            embeds = self.embedding(call["input_ids"])
+            local.unplanned = call
+        else:
+            local.forward = self.planned(call, embeds)
+
+    def planned(self, call: dict[str, Any], embeds: Tensor) -> Forward:
+        """The forward that the stack's arguments `call` ask for, with `embeds` (B, S, D) for its layer 0."""
+        layers = self.local.layers or [self.insert_layer]
         multimodal = self.multimodal_positions(embeds) if max(layers) > 0 else None
         stages = {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
         flash = "flash" in str(self.stack.config._attn_implementation)
-        local.forward = Forward(length=embeds.shape[1], stages=stages, flash=flash)
+        return Forward(length=embeds.shape[1], stages=stages, flash=flash)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         forward = self.local.forward
@@ -321,7 +332,11 @@ class Insertion:
 
     def call_layer(self, index: int, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Decoder layer `index`, called with the rows that are alive in it."""
-        forward = self.local.forward
+        local = self.local
+        if local.unplanned is not None:
+            local.forward = self.planned(local.unplanned, args[0])
+            local.unplanned = None
+        forward = local.forward
         if forward is None:
             return stock(*args, **kwargs)
         cache = kwargs.get("past_key_values")
