@@ -54,10 +54,6 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
-    if "deepstack_visual_embeds" in inspect.signature(type(stack).forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
-        )
     if "inputs_embeds" not in inspect.signature(type(stack).forward).parameters:
         raise UnsupportedModelError(
             f"{name}: its decoder takes no embeddings, so multimodal tokens are never rows of it"
@@ -92,3 +88,13 @@ def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     """Token ids that stand for multimodal tokens, by the names configurations use for them."""
     found = (getattr(config, name, None) for name in PLACEHOLDER_NAMES)
     return frozenset(token for token in found if isinstance(token, int) and token >= 0)
+
+
+RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
+
+
+def is_recurrent(stack: Any, index: int) -> bool:
+    """Whether decoder layer `index` carries a state from row to row (linear attention, short convolution,
+    state space) instead of attending to keys."""
+    kinds = getattr(stack.config, "layer_types", None) or []
+    return index < len(kinds) and kinds[index] in RECURRENT
