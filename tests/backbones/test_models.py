@@ -111,9 +111,11 @@ def test_short_cache(family, stock, inserted):
         cache = inserted(**inputs, use_cache=True).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
-    held = [layer.keys.shape[-2] for layer in cache.layers]
-    assert held == [text] * depth + [total] * (len(held) - depth)
-    assert [layer.get_seq_length() for layer in cache.layers] == [total] * len(held)
+    holding = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    for index, layer in enumerate(holding):
+        window = getattr(layer, "sliding_window", total + 1) - 1
+        assert layer.keys.shape[-2] == min(window, text if index < depth else total)
+        assert layer.get_seq_length() == total
 
 
 def test_gradients(family, stock):
