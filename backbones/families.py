@@ -58,7 +58,30 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name}: its decoder takes no embeddings, so multimodal tokens are never rows of it"
         )
+    if any(map(_numbers_its_rows, stack.layers)):
+        raise UnsupportedModelError(
+            f"{name}: its attention numbers the rows that it is given, so that without the multimodal ones "
+            "the others would move together"
+        )
     return stack
+
+
+def _numbers_its_rows(layer: nn.Module) -> bool:
+    """Whether the attention makes positions of its own, which it hands to a part of it (a relative bias)."""
+    return any(
+        name.endswith("_positions")
+        for part in layer.modules()
+        for name in inspect.signature(type(part).forward).parameters
+    )
+
+
+def farthest_position(stack: Any) -> int | None:
+    """The end of the prompts that a layer without all rows can be given; None where there is none.
+
+    Llama 4 scales queries by the number of their row, from `floor_scale` rows on.
+    """
+    config = stack.config
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
 
 def deepest_insert_layer(stack: Any) -> int:

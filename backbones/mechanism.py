@@ -25,6 +25,7 @@ from .cache import LayerKeys, holds_short_layers, is_short_static
 from .families import (
     UnsupportedModelError,
     deepest_insert_layer,
+    farthest_position,
     find_placeholder_owner,
     is_recurrent,
     placeholder_methods,
@@ -87,6 +88,7 @@ class Insertion:
         self.insert_layer = 0
         self.num_layers = len(stack.layers)
         self.deepest = deepest_insert_layer(stack)
+        self.farthest = farthest_position(stack)
         self.stack_arguments = list(inspect.signature(stack.forward).parameters)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
@@ -115,6 +117,13 @@ class Insertion:
             )
             raise ValueError(
                 f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
+            )
+
+    def check_length(self, length: int) -> None:
+        if self.farthest is not None and length > self.farthest:
+            raise UnsupportedModelError(
+                f"a prompt of {length} positions: this model scales attention by the number of a row from "
+                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
             )
 
     def install(self) -> None:
@@ -330,6 +339,7 @@ class Insertion:
         else:
             if forward.rows is not None:
                 keys.check_can_skip()
+                self.check_length(keys.past + forward.length)
             columns = forward.columns(keys, hidden)
             output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
             if forward.rows is not None or keys.short:

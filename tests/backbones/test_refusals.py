@@ -120,3 +120,16 @@ def test_a_layer_called_by_itself(llava):
     layer = llava.get_decoder().layers[0]
     with pytest.raises(UnsupportedModelError, match="outside of its stack"), insert_at(llava, 2):
         layer(torch.zeros(1, 3, 32), position_embeddings=(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
+def test_a_prompt_whose_rows_the_attention_numbers():
+    """Llama 4 scales queries from row `floor_scale` on: a row's number is not its position in a short layer."""
+    family = FAMILIES["llama4"]
+    model = family.model()
+    inputs = family.batch(model, only=0)
+    model.get_decoder().model.config.floor_scale = inputs["input_ids"].shape[1]
+    deep_insert(model, 2)
+    with pytest.raises(UnsupportedModelError, match="insert at layer 0"):
+        logits_of(model, inputs)
+    with insert_at(model, 0):
+        logits_of(model, inputs)
