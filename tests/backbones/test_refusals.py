@@ -123,7 +123,7 @@ def test_a_layer_called_by_itself(llava):
 
 
 def test_a_prompt_whose_rows_the_attention_numbers():
-    """Llama 4 scales queries from row `floor_scale` on: a row's number is not its position in a short layer."""
+    """Llama 4 scales queries from row `floor_scale` on; in a short layer a row has another number."""
     family = FAMILIES["llama4"]
     model = family.model()
     inputs = family.batch(model, only=0)
