@@ -174,7 +174,7 @@ class LayerKeys:
     def identity(self) -> tuple:
         """What the columns depend on beside the new rows: layers with the same identity share them."""
         known = getattr(self.layer, "keymap", None) or getattr(self.layer, "holes", None)
-        held = None if self.empty or self.static else self.layer.keys.shape[-2]
+        held = self.layer.keys.shape[-2] if self.windowed and not self.empty else None
         size = self.layer.max_cache_len if self.static else None
         return id(known), held, self.past, self.offset, self.static, self.windowed, size
 
