@@ -6,6 +6,7 @@ that no model ever runs silently at insert layer 0.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -84,6 +85,15 @@ def find_stack(model: nn.Module) -> Any:
             f"{name} has short convolutions with a bias: padding would not be zero in them, and reach the "
             "rows after it"
         )
+    if "inputs_embeds" not in inspect.signature(type(stack).forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}: its decoder takes no embeddings, so multimodal tokens are never rows of it"
+        )
+    if any(map(_numbers_its_rows, stack.layers)):
+        raise UnsupportedModelError(
+            f"{name}: its attention numbers the rows that it is given, so that without the multimodal ones "
+            "the others would move together"
+        )
     return stack
 
 
@@ -93,10 +103,45 @@ def _projects_with_bias(convolution: Any) -> bool:
     return getattr(projection, "bias", None) is not None
 
 
+def _numbers_its_rows(layer: nn.Module) -> bool:
+    """Whether the attention makes positions of its own, which it hands to a part of it (a relative bias)."""
+    return any(
+        name.endswith("_positions")
+        for part in layer.modules()
+        for name in inspect.signature(type(part).forward).parameters
+    )
+
+
+def farthest_position(stack: Any) -> int | None:
+    """The end of the prompts that a layer without all rows can be given; None where there is none.
+
+    Llama 4 scales queries by the number of their row, from `floor_scale` rows on.
+    """
+    config = stack.config
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
+
+
+def deepest_insert_layer(stack: Any) -> int:
+    """The number of layers, or the first one whose keys later layers read instead of making their own.
+
+    A later layer that holds all rows could not read keys made without the multimodal ones.
+    """
+    modes: Any = getattr(stack.config, "kv_sharing_modes", None) or []
+    readers = {stack.config.layer_types[index] for index, mode in enumerate(modes) if mode == "reuse"}
+    read = [i for i, mode in enumerate(modes) if mode == "store" and stack.config.layer_types[i] in readers]
+    return min(read, default=len(stack.layers))
+
+
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
     """The module whose `get_placeholder_mask` says where features are scattered; None where there is none."""
     owners = [module for module in model.modules() if hasattr(type(module), "get_placeholder_mask")]
     return owners[0] if owners else None
+
+
+def placeholder_methods(owner: Any | None) -> list[str]:
+    """Names of the methods of `owner` that say where features are scattered; some have another for sounds."""
+    names = dir(type(owner))
+    return [name for name in names if name.startswith("get_") and name.endswith("placeholder_mask")]
 
 
 def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static
-from .families import UnsupportedModelError, find_placeholder_owner, is_recurrent, placeholder_token_ids
+from .families import (
+    UnsupportedModelError,
+    deepest_insert_layer,
+    farthest_position,
+    find_placeholder_owner,
+    is_recurrent,
+    placeholder_methods,
+    placeholder_token_ids,
+)
 from .forward import Forward
 from .grouping import can_group, in_groups
 from .positions import Sightings, real_positions
@@ -79,6 +87,8 @@ class Insertion:
         self.stack = stack
         self.insert_layer = 0
         self.num_layers = len(stack.layers)
+        self.deepest = deepest_insert_layer(stack)
+        self.farthest = farthest_position(stack)
         self.stack_arguments = list(inspect.signature(stack.forward).parameters)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
@@ -98,11 +108,22 @@ class Insertion:
         self.handles: list[Any] = []
 
     def check(self, layers: Sequence[int]) -> None:
-        wrong = [layer for layer in layers if not 0 <= layer <= self.num_layers]
+        wrong = [layer for layer in layers if not 0 <= layer <= self.deepest]
         if wrong or not layers:
+            limit = (
+                "the number of decoder layers of this model"
+                if self.deepest == self.num_layers
+                else f"the first of its {self.num_layers} decoder layers whose keys later layers share"
+            )
             raise ValueError(
-                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.num_layers}, "
-                f"the number of decoder layers of this model"
+                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
+            )
+
+    def check_length(self, length: int) -> None:
+        if self.farthest is not None and length > self.farthest:
+            raise UnsupportedModelError(
+                f"a prompt of {length} positions: this model scales attention by the number of a row from "
+                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
             )
 
     def install(self) -> None:
@@ -118,9 +139,9 @@ class Insertion:
             self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
             self.entrance.register_forward_hook(self.left, always_call=True),
         ]
-        if self.owner is not None:
+        for name in placeholder_methods(self.owner):
             # A partial of bound methods, unlike a closure, is copied right by copy.deepcopy.
-            self.owner.get_placeholder_mask = partial(self.saw_placeholders, self.owner.get_placeholder_mask)
+            setattr(self.owner, name, partial(self.saw_placeholders, getattr(self.owner, name)))
 
     def uninstall(self) -> None:
         for module in (self.stack, *self.stack.layers):
@@ -128,8 +149,8 @@ class Insertion:
             delattr(module, ATTRIBUTE)
         for handle in self.handles:
             handle.remove()
-        if self.owner is not None:
-            del self.owner.get_placeholder_mask
+        for name in placeholder_methods(self.owner):
+            delattr(self.owner, name)
 
     @contextmanager
     def overridden(self, override: Override) -> Iterator[None]:
@@ -167,19 +188,26 @@ class Insertion:
         """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.ndim == 2:
-            self.seen = Sightings(input_ids=ids)
+            self.seen = Sightings(input_ids=ids, entered=True)
 
     def left(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook after the model, also where it failed before the stack."""
         self.seen = Sightings()
 
     def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`."""
-        if args and args[0].ndim == 2 and getattr(self.stack, ATTRIBUTE, None) is self:
-            self.seen = Sightings(input_ids=args[0], embedded=output)
+        """Hook on the input embeddings: a forward starts with them, unless the model was given the ids.
+
+        A model may then embed others, with padding in the place of its placeholders (Gemma 4).
+        """
+        if not args or args[0].ndim != 2 or getattr(self.stack, ATTRIBUTE, None) is not self:
+            return
+        if not self.seen.entered:
+            self.seen = Sightings(input_ids=args[0])
+        if self.seen.embedded is None:
+            self.seen.embedded = output
 
     def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`get_placeholder_mask`, noting where it says that features go."""
+        """A `get_placeholder_mask`, noting where it says that features go."""
         result = stock(*args, **kwargs)
         self.seen.see_placeholders(result)
         return result
@@ -219,12 +247,9 @@ class Insertion:
                 return stock(*args, **kwargs)
             embeds = call.get("inputs_embeds")
             if embeds is None:
-                embeds = self.embedding(call["input_ids"])
-                seen.embedded = embeds
-            explicit = self.override.multimodal if self.override else None
-            multimodal = None
-            if max(layers) > 0:
-                multimodal = seen.multimodal(embeds, self.placeholder_ids, explicit)
+                per_row = _one_per_row(layers, call["input_ids"].shape[0])
+                return self.run(stock, per_row, None, call, partial(self.plan_inside, per_row, call))
+            multimodal = self.multimodal(seen, embeds)
             if multimodal is not None:
                 self.check_recorded(call)
             per_row = _one_per_row(layers, embeds.shape[0])
@@ -243,12 +268,29 @@ class Insertion:
                 "loss that balances the experts cannot know; set it to False"
             )
 
+    def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
+        """(B, S) bool of the positions that wait; None where there are none."""
+        if max(self.layers) == 0:
+            return None
+        return seen.multimodal(
+            embeds, self.placeholder_ids, self.override.multimodal if self.override else None
+        )
+
+    def plan_inside(
+        self, layers: Sequence[int], call: dict[str, Any], embeds: Tensor
+    ) -> dict[int, Rows | None]:
+        """The stages where the stack itself embeds the ids, and may scatter features (Chameleon): its first
+        layer's input `embeds` is the first that can tell."""
+        multimodal = self.multimodal(self.progress.seen, embeds)
+        return {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
+
     def run(
         self,
         stock: Callable[..., Any],
         layers: Sequence[int],
         multimodal: Tensor | None,
         call: dict[str, Any],
+        plan: Callable[[Tensor], dict[int, Rows | None]] | None = None,
     ) -> Any:
         """One call of the stock stack; `layers` has one insert layer for each of its rows."""
         embeds = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
@@ -257,6 +299,7 @@ class Insertion:
             stages={} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask")),
             flash="flash" in str(self.stack.config._attn_implementation),
             between=any(name.startswith("deepstack") and call[name] is not None for name in call),
+            plan=plan,
         )
         outer, self.progress.forward = self.progress.forward, forward
         try:
@@ -309,6 +352,7 @@ class Insertion:
                 keys.check_can_skip()
                 if self.recurrent[index] and forward.rows.ragged:
                     check_can_continue(call.get("past_key_values"), index)
+                self.check_length(keys.past + forward.length)
             columns = forward.columns(keys, hidden)
             output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
             if forward.rows is not None or keys.short:

@@ -25,6 +25,7 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
     for layer in layers[:insert_layer]:
         names = list(inspect.signature(layer.forward).parameters)
         removes = any(hasattr(layer, name) for name in REMOVED_FROM)
+        removes |= getattr(layer, "block_type", None) == "linear_attention"
         entered: list[Tensor] = []
 
         def before(
@@ -39,7 +40,7 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
             hidden = call.pop("hidden_states")
             entered[:] = [hidden]
             if removes:
-                return (hidden[:, ~multimodal],), _without(call, ~multimodal)
+                return (hidden[..., ~multimodal, :],), _without(call, ~multimodal)
             call["attention_mask"] = _blind(call.get("attention_mask"), multimodal, hidden.dtype)
             return (hidden,), call
 
@@ -53,7 +54,7 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
         ) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
             kept = entered.pop().clone()
-            kept[:, ~multimodal] = hidden if removes else hidden[:, ~multimodal]
+            kept[..., ~multimodal, :] = hidden if removes else hidden[..., ~multimodal, :]
             return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))

@@ -136,3 +136,16 @@ def test_router_logits():
     assert model(**inputs, output_router_logits=True).aux_loss.isfinite()
     with insert_at(model, 2), pytest.raises(ValueError, match="output_router_logits needs insert layer 0"):
         model(**inputs, output_router_logits=True)
+
+
+def test_a_prompt_whose_rows_the_attention_numbers():
+    """Llama 4 scales queries from row `floor_scale` on; in a short layer a row has another number."""
+    family = FAMILIES["llama4"]
+    model = family.model()
+    inputs = family.batch(model, only=0)
+    model.get_decoder().model.config.floor_scale = inputs["input_ids"].shape[1]
+    deep_insert(model, 2)
+    with pytest.raises(UnsupportedModelError, match="insert at layer 0"):
+        logits_of(model, inputs)
+    with insert_at(model, 0):
+        logits_of(model, inputs)
