@@ -16,6 +16,9 @@ PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
 
+POSITION_ARGUMENTS = ("image_embeds_position_mask",)
+"""Arguments of a stack that say, with 1 and 0, where it puts the features itself (Kosmos-2)."""
+
 
 class UnsupportedModelError(ValueError):
     """The model has no decoder stack that multimodal tokens could enter late, or one not handled yet."""
@@ -68,6 +71,14 @@ def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
 
 
 def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
-    """Token ids that stand for multimodal tokens, by the names configurations use for them."""
-    found = (getattr(config, name, None) for name in PLACEHOLDER_NAMES)
-    return frozenset(token for token in found if isinstance(token, int) and token >= 0)
+    """Token ids that stand for multimodal tokens, by the names configurations use for them.
+
+    A model that names none may leave it to its encoders' configurations.
+    """
+    encoders = [getattr(config, name, None) for name in config.sub_configs if name != "text_config"]
+    for parts in ([config], encoders):
+        found = (getattr(part, name, None) for part in parts for name in PLACEHOLDER_NAMES)
+        tokens = frozenset(token for token in found if isinstance(token, int) and token >= 0)
+        if tokens:
+            return tokens
+    return frozenset()

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .cache import check_can_skip, holds_short_layers, short_layer, shorten
 from .families import (
+    POSITION_ARGUMENTS,
     UnsupportedModelError,
     base_model_of,
     find_placeholder_owner,
@@ -165,7 +166,9 @@ class Insertion:
         self.embedding = model.get_input_embeddings()
         self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
-        if self.owner is None and not self.placeholder_ids:
+        arguments = inspect.signature(type(stack).forward).parameters
+        told = [name for name in POSITION_ARGUMENTS if name in arguments]
+        if self.owner is None and not self.placeholder_ids and not told:
             raise UnsupportedModelError(
                 f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
                 "images, video or audio were found; is this a multimodal model?"
@@ -220,7 +223,10 @@ class Insertion:
         self.local.forget()
 
     def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`."""
+        """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`
+        and where the stack embeds the ids itself."""
+        if self.local.forward is not None:
+            return
         if args and args[0].ndim == 2 and getattr(self.stack, _ATTRIBUTE, None) is self:
             self.local.forget()
             self.local.input_ids, self.local.embedded = args[0], output
@@ -243,12 +249,13 @@ class Insertion:
         if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
             return
         embeds = call.get("inputs_embeds")
-        if embeds is None:
-            embeds = self.embedding(call["input_ids"])
-        multimodal = self.multimodal_positions(embeds) if max(layers) > 0 else None
+        multimodal = None
+        if max(layers) > 0:
+            multimodal = self.told_positions(call) if embeds is None else self.multimodal_positions(embeds)
         stages = {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
         flash = "flash" in str(self.stack.config._attn_implementation)
-        local.forward = Forward(length=embeds.shape[1], stages=stages, flash=flash)
+        length = (call["input_ids"] if embeds is None else embeds).shape[1]
+        local.forward = Forward(length=length, stages=stages, flash=flash)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         forward = self.local.forward
@@ -256,6 +263,21 @@ class Insertion:
         states = getattr(output, "hidden_states", None)
         if forward is not None and states is not None:
             output.hidden_states = tuple(forward.full_length(states))
+
+    def told_positions(self, call: dict[str, Any]) -> Tensor | None:
+        """The same for a stack that embeds the ids itself and puts features among them after this hook."""
+        ids = call["input_ids"]
+        if ids.shape[1] == 1:
+            return None
+        if self.local.explicit_mask is not None:
+            return _for_batch(self.local.explicit_mask, ids)
+        past = call.get("past_key_values")
+        masks = [call[name] for name in POSITION_ARGUMENTS if call.get(name) is not None]
+        if masks and (past is None or past.get_seq_length() == 0):
+            return masks[0].to(ids.device, torch.bool)
+        if not self.placeholder_ids:
+            return None
+        return torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device))
 
     def multimodal_positions(self, embeds: Tensor) -> Tensor | None:
         """(B, S) bool of the positions that hold features; None where the forward has none."""
