@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 LAYERS = 4
 PAD = 0
@@ -85,6 +85,8 @@ class Family:
     """A ragged batch with one, no and two images; another where the family cannot have that one."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Promises that the stock model itself does not keep, with the reason; see `test_models.py`."""
+    generates_alone: str = ""
+    """Why rows generate one by one: what the stock model gets wrong in a padded batch."""
     remark: str = ""
     """What insertion means in this family, where that is not obvious; goes to `docs/models.md`."""
 
@@ -98,9 +100,11 @@ class Family:
                 if weight.ndim >= 2:
                     weight.mul_(self.scale)
         # Random weights may say the end token or a placeholder; generation tests want words, all of them.
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = None
-            model.generation_config.suppress_tokens = list(range(WORDS.start))
+        # A language model inside may be the one that generates.
+        for part in model.modules():
+            if isinstance(getattr(part, "generation_config", None), GenerationConfig):
+                part.generation_config.eos_token_id = None
+                part.generation_config.suppress_tokens = list(range(WORDS.start))
         return model
 
     def batch(

@@ -135,7 +135,9 @@ def _qwen3_asr() -> PreTrainedModel:
     )
 
 
-def _mel_frames(seeds: list[list[int]], total: int, shorter: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _mel_frames(
+    seeds: list[list[int]], total: int, shorter: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Features (sounds, mels, total), their mask and lengths: `total` or `shorter` frames by the seed."""
     frames = [shorter if seed % 2 else total for seed in flat(seeds)]
     mask = torch.stack([(torch.arange(total) < count).long() for count in frames])
