@@ -7,6 +7,7 @@ that no model ever runs silently at insert layer 0.
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,8 @@ def find_stack(model: nn.Module) -> Any:
     """
     model = base_model_of(model)
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
-    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+    configs = (model.config, model.config.get_text_config())
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder stacks are supported")
     stack: Any = model.get_decoder()
     while not isinstance(getattr(stack, "layers", None), nn.ModuleList):
@@ -53,7 +55,7 @@ def find_stack(model: nn.Module) -> Any:
                 f"{name}: no list of decoder layers found; insert_layer has no meaning"
             )
         stack = found[0]
-    if any(hasattr(layer, "cross_attn") or hasattr(layer, "crossattention") for layer in stack.layers):
+    if has_cross_attention(stack):
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
@@ -62,6 +64,13 @@ def find_stack(model: nn.Module) -> Any:
             f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
         )
     return stack
+
+
+def has_cross_attention(stack: nn.Module) -> bool:
+    """Whether layers of `stack`, or layers beside them, attend to something that is no row of it."""
+    lists = [part for part in stack.children() if isinstance(part, nn.ModuleList)]
+    parts = [f"{name} {type(part).__name__}" for layers in lists for name, part in layers.named_modules()]
+    return any(re.search("cross_?att|encoder_attn", part, re.IGNORECASE) for part in parts)
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:

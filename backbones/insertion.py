@@ -171,7 +171,7 @@ class Insertion:
         if self.owner is None and not self.placeholder_ids and not told:
             raise UnsupportedModelError(
                 f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
-                "images, video or audio were found; is this a multimodal model?"
+                "images, video or audio were found, so no row of its decoder is known to hold a feature"
             )
         self.local = _Local()
         self.handles: list[Any] = []
