@@ -37,16 +37,14 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def find_stack(model: nn.Module) -> Any:
-    """The module that owns the decoder layers of the text model, as `.layers`.
+    """The module that owns the decoder layers of the text model, as `.layers`; of an encoder-decoder, the
+    encoder layers.
 
     Raises `UnsupportedModelError` where there is none or where insertion has no meaning in it.
     """
     model = base_model_of(model)
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
-    configs = (model.config, model.config.get_text_config())
-    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder stacks are supported")
-    stack: Any = model.get_decoder()
+    stack: Any = _find_encoder(model, name) if is_encoder_decoder(model) else model.get_decoder()
     while not isinstance(getattr(stack, "layers", None), nn.ModuleList):
         inner = [getattr(stack, part, None) for part in ("model", "decoder", "language_model", "text_model")]
         found = [module for module in inner if isinstance(module, nn.Module) and module is not stack]
@@ -62,6 +60,29 @@ def find_stack(model: nn.Module) -> Any:
     if "deepstack_visual_embeds" in inspect.signature(type(stack).forward).parameters:
         raise UnsupportedModelError(
             f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
+        )
+    return stack
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, "is_encoder_decoder", False) for config in configs)
+
+
+def _find_encoder(model: PreTrainedModel, name: str) -> Any:
+    """The encoder of an encoder-decoder, whose output the decoder reads: there the features are rows."""
+    encoder: Any = model.get_encoder()
+    stack = getattr(encoder, "text_model", encoder)
+    layers = getattr(stack, "layers", None)
+    if (
+        not isinstance(layers, nn.ModuleList)
+        or "inputs_embeds" not in inspect.signature(type(stack).forward).parameters
+        or "position_bias" in inspect.signature(layers[0].forward).parameters
+        or not (find_placeholder_owner(model) or placeholder_token_ids(model.config))
+    ):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: only those are supported whose encoder reads features among "
+            "text, in layers that hand no position bias on"
         )
     return stack
 

@@ -52,6 +52,8 @@ class Forward:
     length: int
     stages: dict[int, Rows | None]
     flash: bool
+    causal: bool
+    """Whether a mask of None means causal attention; in an encoder every row sees every other."""
     entered: Tensor | None = None
     """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
     rows: Rows | None = None
@@ -123,7 +125,7 @@ class Forward:
         chosen = dict(arguments)
         for name, value in arguments.items():
             if name == "attention_mask":
-                make = partial(select_mask, value, rows, self.length, columns, holes, self.flash)
+                make = partial(select_mask, value, rows, self.length, columns, holes, self.flash, self.causal)
                 chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
                 continue

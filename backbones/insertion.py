@@ -28,6 +28,7 @@ from .families import (
     base_model_of,
     find_placeholder_owner,
     find_stack,
+    is_encoder_decoder,
     placeholder_token_ids,
 )
 from .forward import Forward
@@ -163,6 +164,7 @@ class Insertion:
         self.num_layers = len(stack.layers)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.owner = find_placeholder_owner(model)
+        self.causal = not is_encoder_decoder(model)
         self.embedding = model.get_input_embeddings()
         self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
@@ -255,7 +257,7 @@ class Insertion:
         stages = {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
         flash = "flash" in str(self.stack.config._attn_implementation)
         length = (call["input_ids"] if embeds is None else embeds).shape[1]
-        local.forward = Forward(length=length, stages=stages, flash=flash)
+        local.forward = Forward(length=length, stages=stages, flash=flash, causal=self.causal)
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         forward = self.local.forward

@@ -14,21 +14,27 @@ from .rows import Rows, gather_rows
 
 
 def select_mask(
-    mask: Tensor | None, rows: Rows | None, queries: int, columns: Tensor, holes: bool, flash: bool = False
+    mask: Tensor | None,
+    rows: Rows | None,
+    queries: int,
+    columns: Tensor,
+    holes: bool,
+    flash: bool = False,
+    causal: bool = True,
 ) -> Tensor | None:
     """The part of `mask` between the alive rows and the keys at `columns`.
 
-    `mask` is what the stock model hands its layers: None (plain causal), (B, P+S) or (B|1, H|1, S, P+S) for
-    P earlier positions. `rows` are the alive ones of the S = `queries` new rows, None for all. `columns`
+    `mask` is what the stock model hands its layers: None (causal, or all to all), (B, P+S) or (B|1, H|1, S,
+    P+S) for P earlier positions. `rows` are the alive ones of the S = `queries` new rows, None for all. `columns`
     (B, K) are the positions of the keys, those of the new rows last, -1 for a dummy; `holes` says whether
-    any is -1, `flash` whether the kernel takes 2-D masks only. Returns the mask for R rows and K keys, of the
-    same kind, or None where plain causality holds.
+    any is -1, `flash` whether the kernel takes 2-D masks only, `causal` what None means. Returns the mask for
+    R rows and K keys, of the same kind, or None where it means the same.
     """
     if mask is None:
         count = rows.count if rows is not None else queries
         if not holes and (count == 1 or count == columns.shape[1]):
             return None
-        return columns >= 0 if flash else _causal_mask(columns, count)
+        return columns >= 0 if flash else _plain_mask(columns, count, causal)
     if mask.ndim == 2:
         selected = gather_rows(mask, columns.clamp(min=0), 0, 1)
         return selected.masked_fill(columns < 0, 0) if holes else selected
@@ -44,10 +50,12 @@ def select_mask(
     return _close_holes(mask, columns) if holes else mask
 
 
-def _causal_mask(columns: Tensor, queries: int) -> Tensor:
-    """(B, 1, R, K) bool: a key is seen by the queries at or after its position."""
+def _plain_mask(columns: Tensor, queries: int, causal: bool) -> Tensor:
+    """(B, 1, R, K) bool: a key is seen by the queries at or after its position, or by all."""
     position = columns[:, columns.shape[1] - queries :]
     seen = columns[:, None, None, :] <= position[:, None, :, None]
+    if not causal:
+        seen = torch.ones_like(seen)
     return _close_holes(seen, columns)
 
 

@@ -1,7 +1,9 @@
-"""Encoder-decoders: what an image becomes are rows of the encoder, or the encoder itself; refused."""
+"""Encoder-decoders. Where images are rows of the encoder, they can wait there; else they are refused."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from transformers import (
     BertConfig,
     Florence2Config,
@@ -20,7 +22,8 @@ from transformers import (
     ViTConfig,
 )
 
-from .family import PLACEHOLDER, TEXT, VISION, Refused
+from .family import PLACEHOLDER, TEXT, VISION, WORDS, Family, Media, Refused, flat, noise
+from .llava_like import square_images
 
 VOCABULARY = TEXT["vocab_size"]
 T5 = {"vocab_size": VOCABULARY, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -73,15 +76,21 @@ def _pp_formulanet() -> PreTrainedModel:
 
 def _t5gemma2() -> PreTrainedModel:
     text = {key: TEXT[key] for key in TEXT if key not in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    text |= {"head_dim": 8}
+    text |= {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "query_pre_attn_scalar": 8,
+    }
     encoder = {
         "text_config": text,
-        "vision_config": VISION,
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
         "image_token_index": PLACEHOLDER,
         "mm_tokens_per_image": 4,
     }
+    decoder = text | {"num_hidden_layers": 2, "layer_types": text["layer_types"][:2]}
     return T5Gemma2ForConditionalGeneration(
-        T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=PLACEHOLDER)
+        T5Gemma2Config(encoder=encoder, decoder=decoder, image_token_index=PLACEHOLDER)
     )
 
 
@@ -112,6 +121,10 @@ def _florence2() -> PreTrainedModel:
         "encoder_ffn_dim": 48,
         "decoder_ffn_dim": 48,
         "max_position_embeddings": 128,
+        "pad_token_id": TEXT["pad_token_id"],
+        "bos_token_id": TEXT["bos_token_id"],
+        "eos_token_id": TEXT["eos_token_id"],
+        "forced_eos_token_id": None,
     }
     vision = {
         "depths": [1, 1, 1, 1],
@@ -120,17 +133,51 @@ def _florence2() -> PreTrainedModel:
         "num_groups": [2, 2, 2, 2],
         "projection_dim": 32,
         "window_size": 4,
+        "patch_stride": [2, 2, 2, 2],
     }
     return Florence2ForConditionalGeneration(
         Florence2Config(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
     )
 
 
+def _florence2_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Images of 32 x 32 pixels: 2 x 2 cells and their mean, five tokens."""
+    images = [noise(seed, 3, 32, 32) for seed in flat(seeds)]
+    return Media({"pixel_values": torch.stack(images)}, [[PLACEHOLDER] * 5 for _ in images])
+
+
+def _with_decoder(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder reads as many words as the encoder has rows: an output for each of them."""
+    ids = inputs["input_ids"]
+    return inputs | {"decoder_input_ids": torch.where(ids == PLACEHOLDER, WORDS.start, ids)}
+
+
+ENCODER_CACHE = {"short_cache": "the encoder keeps no keys; the decoder's cache is the stock model's"}
+REMARK = "The layers are the encoder's; the decoder reads all rows of its output."
+FAMILIES = [
+    Family(
+        "florence2",
+        _florence2,
+        _florence2_images,
+        finish=_with_decoder,
+        pads_right="the encoder's learned positions count padding",
+        without=ENCODER_CACHE,
+        remark=REMARK,
+    ),
+    Family(
+        "t5gemma2",
+        _t5gemma2,
+        square_images,
+        finish=_with_decoder,
+        pads_right="the decoder's input is padded as the encoder's, and its positions count padding",
+        without=ENCODER_CACHE,
+        remark=REMARK,
+    ),
+]
+
 REFUSED = [
-    Refused("florence2", _florence2, "encoder-decoder"),
     Refused("pix2struct", _pix2struct, "encoder-decoder"),
     Refused("pp_formulanet", _pp_formulanet, "encoder-decoder"),
-    Refused("t5gemma2", _t5gemma2, "encoder-decoder"),
     Refused("udop", _udop, "encoder-decoder"),
     Refused("vision-encoder-decoder", _vision_encoder_decoder, "encoder-decoder"),
 ]

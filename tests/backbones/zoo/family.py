@@ -85,6 +85,8 @@ class Family:
     """A ragged batch with one, no and two images; another where the family cannot have that one."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Promises that the stock model itself does not keep, with the reason; see `test_models.py`."""
+    pads_right: str = ""
+    """Why rows are padded on the right only: what the stock model gets wrong with padding on the left."""
     generates_alone: str = ""
     """Why rows generate one by one: what the stock model gets wrong in a padded batch."""
     remark: str = ""
@@ -118,6 +120,7 @@ class Family:
     ) -> dict[str, Tensor]:
         """Model inputs for `rows`; with `only`, for that row alone, the same words and images unpadded."""
         rows = self.rows if rows is None else rows
+        padding = "right" if self.pads_right else padding
         chosen = range(len(rows)) if only is None else [only]
         seeds = [
             [1000 * seed + 100 * row + place for place, part in enumerate(rows[row]) if part == 0]
