@@ -25,10 +25,10 @@ def select_mask(
     """The part of `mask` between the alive rows and the keys at `columns`.
 
     `mask` is what the stock model hands its layers: None (causal, or all to all), (B, P+S) or (B|1, H|1, S,
-    P+S) for P earlier positions. `rows` are the alive ones of the S = `queries` new rows, None for all. `columns`
-    (B, K) are the positions of the keys, those of the new rows last, -1 for a dummy; `holes` says whether
-    any is -1, `flash` whether the kernel takes 2-D masks only, `causal` what None means. Returns the mask for
-    R rows and K keys, of the same kind, or None where it means the same.
+    P+S) for P earlier positions. `rows` are the alive ones of the S = `queries` new rows, None for all.
+    `columns` (B, K) are the positions of the keys, those of the new rows last, -1 for a dummy; `holes` says
+    whether any is -1, `flash` whether the kernel takes 2-D masks only, `causal` what None means. Returns the
+    mask for R rows and K keys, of the same kind, or None where it means the same.
     """
     if mask is None:
         count = rows.count if rows is not None else queries
