@@ -17,9 +17,6 @@ PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
 
-POSITION_ARGUMENTS = ("image_embeds_position_mask",)
-"""Arguments of a stack that say, with 1 and 0, where it puts the features itself (Kosmos-2)."""
-
 
 class UnsupportedModelError(ValueError):
     """The model has no decoder stack that multimodal tokens could enter late, or one not handled yet."""
@@ -56,10 +53,6 @@ def find_stack(model: nn.Module) -> Any:
     if has_cross_attention(stack):
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
-        )
-    if "deepstack_visual_embeds" in inspect.signature(type(stack).forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} adds visual features between its first layers (DeepStack), which is not handled yet"
         )
     return stack
 
@@ -112,3 +105,13 @@ def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
         if tokens:
             return tokens
     return frozenset()
+
+
+RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
+
+
+def is_recurrent(stack: Any, index: int) -> bool:
+    """Whether decoder layer `index` carries a state from row to row (linear attention, short convolution,
+    state space) instead of attending to keys."""
+    kinds = getattr(stack.config, "layer_types", None) or []
+    return index < len(kinds) and kinds[index] in RECURRENT

@@ -10,12 +10,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from families import FAMILIES, Family
+from zoo import FAMILIES, Family
 
 from backbones import deep_insert, set_insert_layer
 
+DEEPLY = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_audio"]
+"""Families that are tried in every shape of use."""
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
+
+@pytest.fixture(scope="session", params=DEEPLY)
 def family(request) -> Family:
     return FAMILIES[request.param]
 
