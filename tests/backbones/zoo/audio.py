@@ -10,6 +10,8 @@ from transformers import (
     GraniteSpeechForConditionalGeneration,
     GraniteSpeechPlusConfig,
     GraniteSpeechPlusForConditionalGeneration,
+    Nemotron3_5TranscribeConfig,
+    Nemotron3_5TranscribeForConditionalGeneration,
     Phi4MultimodalAudioConfig,
     Phi4MultimodalConfig,
     Phi4MultimodalForCausalLM,
@@ -93,6 +95,58 @@ def _vibevoice_asr() -> PreTrainedModel:
     )
 
 
+def _nemo_speechlm() -> PreTrainedModel:
+    """Nemotron-H with layers of three kinds: Mamba, experts, attention."""
+    text = {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"],
+        "head_dim": 8,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    }
+    text |= {key: TEXT[key] for key in TEXT if key != "num_hidden_layers"}
+    encoder = {
+        "num_mel_bins": MELS,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "subsampling_factor": 2,
+    }
+    diarization = {
+        "audio_config": encoder,
+        "head_config": {
+            "hidden_size": 16,
+            "num_speakers": 4,
+            "audio_hidden_size": 32,
+            "subsampling_factor": 2,
+        },
+        "streaming_config": {"num_speakers": 4, "subsampling_factor": 2},
+    }
+    words = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 8,
+        "blank_token_id": 7,
+    }
+    return Nemotron3_5TranscribeForConditionalGeneration(
+        Nemotron3_5TranscribeConfig(
+            text_config=text,
+            audio_config={"asr_config": encoder, "diarization_config": diarization},
+            word_timestamp_config=words,
+            audio_token_id=PLACEHOLDER,
+        )
+    )
+
+
 def _phi4() -> PreTrainedModel:
     audio = Phi4MultimodalAudioConfig(
         input_size=MELS,
@@ -109,7 +163,9 @@ def _phi4() -> PreTrainedModel:
     vision = Phi4MultimodalVisionConfig(
         **VISION | {"patch_size": 4}, crop_size=16, image_token_id=PLACEHOLDER
     )
-    return Phi4MultimodalForCausalLM(Phi4MultimodalConfig(vision_config=vision, audio_config=audio, **TEXT))
+    return Phi4MultimodalForCausalLM(
+        Phi4MultimodalConfig(vision_config=vision, audio_config=audio, sliding_window=16, **TEXT)
+    )
 
 
 def _windowed(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
@@ -119,6 +175,15 @@ def _windowed(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     mask = torch.stack([torch.arange(4) < count for count in counts])
     inputs = {"input_features": features, "input_features_mask": mask}
     return Media(inputs, [[PLACEHOLDER] * count for count in counts])
+
+
+def _halved(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Two mel frames a token: four tokens or three."""
+    frames = [8 - 2 * (seed % 2) for seed in flat(seeds)]
+    features = torch.stack([noise(seed, 8, MELS) for seed in flat(seeds)])
+    mask = torch.stack([(torch.arange(8) < count).long() for count in frames])
+    inputs = {"input_features": features, "input_features_mask": mask}
+    return Media(inputs, [[PLACEHOLDER] * (count // 2) for count in frames])
 
 
 def _waves(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
@@ -164,6 +229,7 @@ def _phi4_sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 FAMILIES = [
     Family("granite_speech", _granite_speech, _windowed),
     Family("granite_speech_plus", _granite_speech_plus, _windowed),
+    Family("nemo_speechlm", _nemo_speechlm, _halved),
     Family("vibevoice_asr", _vibevoice_asr, _waves),
     Family("phi4_multimodal", _phi4, _phi4_images),
     Family("phi4_multimodal-audio", _phi4, _phi4_sounds, placeholders=frozenset({PLACEHOLDER + 1})),
