@@ -95,12 +95,15 @@ def test_one_layer_per_row(family, stock, inserted):
 @pytest.mark.parametrize("per_row", [False, True], ids=["one layer", "layer per row"])
 def test_generation(family, stock, inserted, per_row):
     """With the cache and without it, the same tokens."""
-    inputs = family.batch(stock)
     depths = depths_of(family, len(family.rows))
+    cases = [(family.batch(stock), depths if per_row else depths[0])]
+    if family.generates_alone:
+        cases = [(family.batch(stock, only=row), depth) for row, depth in enumerate(depths)]
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with insert_at(inserted, depths if per_row else depths[0]), torch.no_grad():
-        tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*tokens)
+    for inputs, depth in cases:
+        with insert_at(inserted, depth), torch.no_grad():
+            tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
+        assert torch.equal(*tokens)
 
 
 def test_short_cache(family, stock, inserted):
@@ -108,7 +111,8 @@ def test_short_cache(family, stock, inserted):
     inputs = family.batch(stock, only=0)
     depth = min(family.deepest, len(layers_of(stock)) - 1)
     with insert_at(inserted, depth), torch.no_grad():
-        cache = inserted(**inputs, use_cache=True).past_key_values
+        output = inserted(**inputs, use_cache=True)
+    cache = getattr(output, "language_model_outputs", output).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
     # A recurrent layer holds no keys, a sliding one those of its window.
