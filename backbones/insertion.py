@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .families import base_model_of, find_stack
 from .mechanism import ATTRIBUTE, Insertion, Override
+from .refusals import check_runs, check_supported
 
 CONFIG_KEY = "deepinsert"
 
@@ -34,7 +35,10 @@ def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     `ValueError` for a layer outside 0 to N, or to the first layer whose keys later layers share.
     """
     base = base_model_of(model)
+    check_runs(base)
     stack = find_stack(base)
+    if not hasattr(stack, ATTRIBUTE):
+        check_supported(base, stack)
     if insert_layer is None:
         insert_layer = (getattr(base.config, CONFIG_KEY, None) or {}).get("insert_layer", 0)
     insertion = getattr(stack, ATTRIBUTE, None) or Insertion(base, stack)

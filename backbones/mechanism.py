@@ -99,11 +99,6 @@ class Insertion:
         self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
         self.told = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
-        if self.owner is None and not self.placeholder_ids and not self.told:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
-                "images, video or audio were found, so no row of its decoder is known to hold a feature"
-            )
         self.progress = _Progress()
         self.compiled_seen = Sightings()
         self.overrides = 0
