@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
-from .qwen_like import patched_images
+from .grids import patched
 
 VIDEO, SOUND = PLACEHOLDER + 1, PLACEHOLDER + 2
 
@@ -98,7 +98,7 @@ def _waves(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 def _pictures_and_sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     """Each image followed by a sound."""
-    pictures, sounds = patched_images(model, seeds), _waves(model, seeds)
+    pictures, sounds = patched()(model, seeds), _waves(model, seeds)
     tokens = [picture + sound for picture, sound in zip(pictures.tokens, sounds.tokens, strict=True)]
     return Media(pictures.inputs | sounds.inputs, tokens)
 
@@ -106,8 +106,8 @@ def _pictures_and_sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Medi
 muse = partial(Family, placeholders=frozenset({PLACEHOLDER, VIDEO, SOUND}))
 
 FAMILIES = [
-    muse("muse_glimmer", _glimmer, patched_images),
+    muse("muse_glimmer", _glimmer, patched()),
     muse("muse_glimmer-video", _glimmer, _videos),
-    muse("muse_spark", _spark, patched_images),
+    muse("muse_spark", _spark, patched()),
     muse("muse_spark-audio", _spark, _pictures_and_sounds),
 ]
