@@ -74,12 +74,6 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
-    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
-        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
-            raise UnsupportedModelError(
-                f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
-                "leaving rows out of them is not handled yet"
-            )
     if any(_projects_with_bias(getattr(layer, "conv", None)) for layer in stack.layers):
         raise UnsupportedModelError(
             f"{name} has short convolutions with a bias: padding would not be zero in them, and reach the "
@@ -94,6 +88,12 @@ def find_stack(model: nn.Module) -> Any:
             f"{name}: its attention numbers the rows that it is given, so that without the multimodal ones "
             "the others would move together"
         )
+    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
+        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
+            raise UnsupportedModelError(
+                f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
+                "leaving rows out of them is not handled yet"
+            )
     return stack
 
 
