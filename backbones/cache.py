@@ -151,6 +151,20 @@ def is_empty(cache: Cache) -> bool:
     return not any(layer.is_initialized for layer in layers)
 
 
+def check_can_continue(cache: Cache | None, index: int) -> None:
+    """Raise `UnsupportedCacheError` where recurrent layer `index` already holds a state.
+
+    A dummy on the left of a row would change it; before the first row there is nothing to change.
+    """
+    layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    if isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()):
+        raise UnsupportedCacheError(
+            f"layer {index} carries a recurrent state, which a batch cannot continue where its rows have "
+            "different numbers of text tokens, or none, beside multimodal ones: continue one row at a time, "
+            "with text, or insert at layer 0"
+        )
+
+
 class LayerKeys:
     """Decoder layer `index`'s place in the cache just before a call for `length` new positions."""
 

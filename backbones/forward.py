@@ -25,6 +25,7 @@ _ROW_DIMENSION = {
     "position_ids": -1,
     "token_type_ids": -1,
     "mm_token_type_ids": -1,
+    "moe_mm_token_type_ids": -1,
 }
 """Where the rows are in what a stack hands each layer."""
 
@@ -48,13 +49,15 @@ class Forward:
     """One forward of the stack in which some layer sees fewer rows than there are.
 
     `stages` maps each insert layer of the batch, and 0, to the rows alive from there on; None means all.
-    `between` says that the stack itself adds to the hidden states between layers (DeepStack): it is then
-    given them at full length after each layer, and what it adds to a waiting row stays on it.
+    `causal` says what a mask of None means: in an encoder every row sees every other. `between` says that
+    the stack itself adds to the hidden states between layers (DeepStack): it is then given them at full
+    length after each layer, and what it adds to a waiting row stays on it.
     """
 
     length: int
     stages: dict[int, Rows | None]
     flash: bool
+    causal: bool = True
     between: bool = False
     plan: Callable[[Tensor], dict[int, Rows | None]] | None = None
     """Makes the stages from the input of layer 0, where the stack embeds the ids itself."""
@@ -131,7 +134,7 @@ class Forward:
                 make = partial(row_mask, value, rows)
                 chosen[name] = self.once(("rows", id(value), id(rows)), (value, rows), make)
             elif name == "attention_mask":
-                make = partial(select_mask, value, rows, self.length, columns, self.flash)
+                make = partial(select_mask, value, rows, self.length, columns, self.flash, self.causal)
                 chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
                 continue

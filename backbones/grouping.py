@@ -24,6 +24,7 @@ _BATCH_DIMENSION = {
     "position_ids": -2,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
     "visual_pos_masks": 0,
     "per_layer_inputs": 0,
 }
@@ -70,14 +71,16 @@ def in_groups(run: Run, layers: Sequence[int], multimodal: Tensor, call: dict[st
     with all rows in their order."""
     groups = [[row for row, own in enumerate(layers) if own == layer] for layer in sorted(set(layers))]
     cache = call.get("past_key_values")
-    outputs, caches = [], []
+    outputs = []
+    caches: list[Any] = []
     for rows in groups:
         index = torch.tensor(rows, device=multimodal.device)
         own = {name: _rows_of(name, value, index, len(layers), call) for name, value in call.items()}
         if cache is not None:
             own["past_key_values"] = copy.deepcopy(cache)
         outputs.append(run([layers[rows[0]]] * len(rows), multimodal[index], own))
-        caches.append(outputs[-1].past_key_values if cache is None else own["past_key_values"])
+        left = getattr(outputs[-1], "past_key_values", None)
+        caches.append(left if cache is None else own["past_key_values"])
     order = torch.argsort(torch.tensor([row for rows in groups for row in rows]))
     whole = outputs[0]
     states = torch.cat([output.last_hidden_state for output in outputs])

@@ -31,21 +31,26 @@ class Columns:
 
 
 def select_mask(
-    mask: Tensor | None, rows: Rows | None, queries: int, columns: Columns, flash: bool = False
+    mask: Tensor | None,
+    rows: Rows | None,
+    queries: int,
+    columns: Columns,
+    flash: bool = False,
+    causal: bool = True,
 ) -> Tensor | None:
     """The part of `mask` between the alive rows and the keys of `columns`.
 
-    `mask` is what the stock model hands its layers: None (plain causal), (B, P+S) or (B|1, H|1, S, P+S) for
-    P earlier positions. `rows` are the alive ones of the S = `queries` new rows, None for all; `flash` says
-    whether the kernel takes 2-D masks only. Returns the mask for R rows and K keys, of the same kind, or None
-    where plain causality holds.
+    `mask` is what the stock model hands its layers: None (plain causal, or without `causal` all to all),
+    (B, P+S) or (B|1, H|1, S, P+S) for P earlier positions. `rows` are the alive ones of the S = `queries` new
+    rows, None for all; `flash` says whether the kernel takes 2-D masks only. Returns the mask for R rows and
+    K keys, of the same kind, or None where it means the same.
     """
     position, holes = columns.position, columns.holes
     if mask is None:
         count = rows.count if rows is not None else queries
         if not holes and (count == 1 or count == position.shape[1]):
             return None
-        return position >= columns.offset if flash else _causal_mask(columns, count)
+        return position >= columns.offset if flash else _plain_mask(columns, count, causal)
     if mask.ndim not in (2, 4):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)}: an insert layer needs a mask of 2 or 4 dimensions"
@@ -71,10 +76,12 @@ def row_mask(mask: Tensor | None, rows: Rows | None) -> Tensor | None:
     return rows.take(mask, 1).masked_fill(~rows.valid, 0)
 
 
-def _causal_mask(columns: Columns, queries: int) -> Tensor:
-    """(B, 1, R, K) bool: a key is seen by the queries at or after its position."""
+def _plain_mask(columns: Columns, queries: int, causal: bool) -> Tensor:
+    """(B, 1, R, K) bool: a key is seen by the queries at or after its position, or by all."""
     own = columns.position[:, columns.own : columns.own + queries]
     seen = columns.position[:, None, None, :] <= own[:, None, :, None]
+    if not causal:
+        seen = torch.ones_like(seen)
     return _close_holes(seen, columns)
 
 

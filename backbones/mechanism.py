@@ -21,19 +21,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import LayerKeys, holds_short_layers, is_short_static
+from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static
 from .families import (
     UnsupportedModelError,
     deepest_insert_layer,
     farthest_position,
     find_placeholder_owner,
+    is_encoder_decoder,
     is_recurrent,
     placeholder_methods,
     placeholder_token_ids,
 )
 from .forward import Forward
 from .grouping import can_group, in_groups
-from .positions import Sightings, real_positions
+from .positions import POSITION_ARGUMENTS, Sightings, real_positions, told_positions
 from .rows import Rows, rows_of
 from .static_cache import hide_holes
 
@@ -93,13 +94,15 @@ class Insertion:
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
         self.owner = find_placeholder_owner(model)
+        self.causal = not is_encoder_decoder(model)
         self.embedding = model.get_input_embeddings()
         self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
-        if self.owner is None and not self.placeholder_ids:
+        self.told = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
+        if self.owner is None and not self.placeholder_ids and not self.told:
             raise UnsupportedModelError(
                 f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
-                "images, video or audio were found; is this a multimodal model?"
+                "images, video or audio were found, so no row of its decoder is known to hold a feature"
             )
         self.progress = _Progress()
         self.compiled_seen = Sightings()
@@ -250,12 +253,24 @@ class Insertion:
                 per_row = _one_per_row(layers, call["input_ids"].shape[0])
                 return self.run(stock, per_row, None, call, partial(self.plan_inside, per_row, call))
             multimodal = self.multimodal(seen, embeds)
+            if multimodal is not None:
+                self.check_recorded(call)
             per_row = _one_per_row(layers, embeds.shape[0])
             if multimodal is not None and can_group(self.stack, per_row, call):
                 return in_groups(partial(self.run, stock), per_row, multimodal, call)
             return self.run(stock, per_row, multimodal, call)
         finally:
-            progress.depth -= 1
+            # A stack that embeds ids itself has been seen to do so: of no concern to the next forward.
+            progress.seen, progress.depth = Sightings(), progress.depth - 1
+
+    def check_recorded(self, call: dict[str, Any]) -> None:
+        """Refuse router logits: the stock loss that balances experts would give them to the wrong tokens."""
+        name = "output_router_logits"
+        if call.get(name, getattr(self.stack.config, name, False)):
+            raise ValueError(
+                f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the "
+                "loss that balances the experts cannot know; set it to False"
+            )
 
     def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
         """(B, S) bool of the positions that wait; None where there are none."""
@@ -270,7 +285,11 @@ class Insertion:
     ) -> dict[int, Rows | None]:
         """The stages where the stack itself embeds the ids, and may scatter features (Chameleon): its first
         layer's input `embeds` is the first that can tell."""
-        multimodal = self.multimodal(self.progress.seen, embeds)
+        if self.told:
+            explicit = self.override.multimodal if self.override else None
+            multimodal = told_positions(call, self.placeholder_ids, explicit)
+        else:
+            multimodal = self.multimodal(self.progress.seen, embeds)
         return {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
 
     def run(
@@ -286,6 +305,7 @@ class Insertion:
         forward = Forward(
             length=embeds.shape[1],
             stages={} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask")),
+            causal=self.causal,
             flash="flash" in str(self.stack.config._attn_implementation),
             between=any(name.startswith("deepstack") and call[name] is not None for name in call),
             plan=plan,
@@ -339,6 +359,8 @@ class Insertion:
         else:
             if forward.rows is not None:
                 keys.check_can_skip()
+                if self.recurrent[index] and forward.rows.ragged:
+                    check_can_continue(call.get("past_key_values"), index)
                 self.check_length(keys.past + forward.length)
             columns = forward.columns(keys, hidden)
             output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))

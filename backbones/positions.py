@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+POSITION_ARGUMENTS = ("image_embeds_position_mask",)
+"""Arguments of a stack that say, with 1 and 0, where it puts the features itself (Kosmos-2)."""
 
 
 @dataclass
@@ -57,6 +60,24 @@ class Sightings:
             "inputs_embeds without input_ids do not say which positions are multimodal: pass them with "
             "insert_at(model, layer, multimodal_mask=mask)"
         )
+
+
+def told_positions(
+    call: Mapping[str, Any], placeholder_ids: Sequence[int], explicit: Tensor | None
+) -> Tensor | None:
+    """`Sightings.multimodal` for a stack that is given ids and puts features among embeddings itself."""
+    ids: Tensor = call["input_ids"]
+    if ids.shape[1] == 1:
+        return None
+    if explicit is not None:
+        return _for_batch(explicit, ids)
+    past = call.get("past_key_values")
+    masks = [call[name] for name in POSITION_ARGUMENTS if call.get(name) is not None]
+    if masks and (past is None or past.get_seq_length() == 0):
+        return masks[0].to(ids.device, torch.bool)
+    if not placeholder_ids:
+        return None
+    return torch.isin(ids, torch.tensor(placeholder_ids, device=ids.device))
 
 
 def _for_batch(mask: Tensor, embeds: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
             entered[:] = [hidden]
             if removes:
                 return (hidden[..., ~multimodal, :],), _without(call, ~multimodal)
-            call["attention_mask"] = _blind(call.get("attention_mask"), multimodal, hidden.dtype)
+            causal = getattr(getattr(module, "self_attn", None), "is_causal", True)
+            call["attention_mask"] = _blind(call.get("attention_mask"), multimodal, hidden.dtype, causal)
             return (hidden,), call
 
         def after(
@@ -79,13 +80,13 @@ def _without(call: dict[str, Any], kept: Tensor) -> dict[str, Any]:
     return call | changed
 
 
-def _blind(mask: Tensor | None, multimodal: Tensor, dtype: torch.dtype) -> Tensor:
+def _blind(mask: Tensor | None, multimodal: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
     """The mask, with multimodal columns closed to text rows."""
     size = len(multimodal)
     closed = multimodal[None, :] & ~multimodal[:, None]
     if mask is None:
         mask = torch.zeros(1, 1, size, size, dtype=dtype)
-        closed = closed | torch.ones(size, size, dtype=torch.bool).triu(1)
+        closed = closed | (torch.ones(size, size, dtype=torch.bool).triu(1) & causal)
     assert mask.ndim == 4, f"a mask of shape {tuple(mask.shape)} is not eager attention's"
     return mask.masked_fill(closed, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 

@@ -95,12 +95,15 @@ def test_one_layer_per_row(family, stock, inserted):
 @pytest.mark.parametrize("per_row", [False, True], ids=["one layer", "layer per row"])
 def test_generation(family, stock, inserted, per_row):
     """With the cache and without it, the same tokens."""
-    inputs = family.batch(stock)
     depths = depths_of(family, len(family.rows))
+    cases = [(family.batch(stock), depths if per_row else depths[0])]
+    if family.generates_alone:
+        cases = [(family.batch(stock, only=row), depth) for row, depth in enumerate(depths)]
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with insert_at(inserted, depths if per_row else depths[0]), torch.no_grad():
-        tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*tokens)
+    for inputs, depth in cases:
+        with insert_at(inserted, depth), torch.no_grad():
+            tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
+        assert torch.equal(*tokens)
 
 
 def test_short_cache(family, stock, inserted):
@@ -108,13 +111,19 @@ def test_short_cache(family, stock, inserted):
     inputs = family.batch(stock, only=0)
     depth = min(family.deepest, len(layers_of(stock)) - 1)
     with insert_at(inserted, depth), torch.no_grad():
-        cache = inserted(**inputs, use_cache=True).past_key_values
+        output = inserted(**inputs, use_cache=True)
+    cache = getattr(output, "language_model_outputs", output).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
-    holding = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    for index, layer in enumerate(holding):
-        window = getattr(layer, "sliding_window", total + 1) - 1
-        assert layer.keys.shape[-2] == min(window, text if index < depth else total)
+    # A recurrent layer holds no keys, a sliding one those of its window.
+    attending = {
+        index: layer for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None
+    }
+    assert attending
+    for index, layer in attending.items():
+        # A sliding window holds what the next position can see of it.
+        most = getattr(layer, "sliding_window", total + 1) - 1
+        assert layer.keys.shape[-2] == min(most, text if index < depth else total)
         assert layer.get_seq_length() == total
 
 
