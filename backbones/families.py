@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -27,6 +28,9 @@ PLACEHOLDER_NAMES = tuple(
 
 _CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
 """Layers cached in other ways keep blocks, indices or several things of different lengths."""
+
+_INDEXER_SIZES = {"index_topk", "index_head_dim", "index_n_heads"}
+"""What an indexer that scores single keys is configured by; one with more does something else."""
 
 _CACHED_NOT_AT_ALL = ("moe", "mlp")
 """Types of layers without attention."""
@@ -74,8 +78,14 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
+    if any(map(_numbers_its_rows, stack.layers)):
+        raise UnsupportedModelError(
+            f"{name}: its attention numbers the rows that it is given, so that without the multimodal ones "
+            "the others would move together"
+        )
+    cached = (*_CACHED_PLAINLY, DynamicIndexedLayer) if _indexes_single_keys(stack) else _CACHED_PLAINLY
     for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
-        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
+        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in cached:
             raise UnsupportedModelError(
                 f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
                 "leaving rows out of them is not handled yet"
@@ -89,12 +99,15 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name}: its decoder takes no embeddings, so multimodal tokens are never rows of it"
         )
-    if any(map(_numbers_its_rows, stack.layers)):
-        raise UnsupportedModelError(
-            f"{name}: its attention numbers the rows that it is given, so that without the multimodal ones "
-            "the others would move together"
-        )
     return stack
+
+
+def _indexes_single_keys(stack: Any) -> bool:
+    """Whether an indexer scores the keys of its own layer one by one, and neither pools of neighbours, which
+    would be others without the multimodal rows, nor for later layers, which may hold other rows."""
+    sizes = {name for name in stack.config.to_dict() if name.startswith("index")}
+    handed = {name for layer in stack.layers for name in inspect.signature(type(layer).forward).parameters}
+    return sizes <= _INDEXER_SIZES and not any("topk" in name for name in handed)
 
 
 def _projects_with_bias(convolution: Any) -> bool:
