@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
-from .qwen_like import patched_images
+from .grids import patched
 
 VIDEO, SOUND = PLACEHOLDER + 1, PLACEHOLDER + 2
 
@@ -44,6 +44,8 @@ SPECIAL: dict[str, Any] = {
     "out_hidden_size": 128,
     "projector_hidden_size": 32,
 }
+
+patched_images = patched()
 
 
 def _glimmer() -> PreTrainedModel:
