@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     Fp8QuantizedLayer,
@@ -231,9 +232,8 @@ class LayerKeys:
         if self.cache is None:
             return
         kind: Any = type(self.layer) if self.layer is not None else self.cache.layer_class_to_replicate
-        if self.short or kind in (DynamicLayer, DynamicSlidingWindowLayer, *QUANTISED):
-            return
-        if kind in (StaticLayer, StaticSlidingWindowLayer):
+        growing = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, *QUANTISED)
+        if self.short or kind in (*growing, StaticLayer, StaticSlidingWindowLayer):
             return
         raise UnsupportedCacheError(
             f"{getattr(kind, '__name__', kind)} cannot skip multimodal tokens: use the default DynamicCache, "

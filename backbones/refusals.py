@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -31,6 +32,9 @@ from .positions import POSITION_ARGUMENTS
 
 _CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
 """Layers cached in other ways keep blocks, indices or several things of different lengths."""
+
+_INDEXER_SIZES = {"index_topk", "index_head_dim", "index_n_heads"}
+"""What an indexer that scores single keys is configured by; one with more does something else."""
 
 _CACHED_NOT_AT_ALL = ("moe", "mlp")
 """Types of layers without attention."""
@@ -65,12 +69,6 @@ def _reason(model: PreTrainedModel, stack: Any) -> str | None:
             )
     elif _has_cross_attention(stack):
         return "reads images through cross-attention: multimodal tokens are never rows of its decoder"
-    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
-        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
-            return (
-                f"has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
-                "leaving rows out of them is not handled yet"
-            )
     if any(_projects_with_bias(getattr(layer, "conv", None)) for layer in stack.layers):
         return "has short convolutions with a bias: padding would not be zero in them, and reach the rows after it"
     if "inputs_embeds" not in arguments:
@@ -80,6 +78,13 @@ def _reason(model: PreTrainedModel, stack: Any) -> str | None:
             "has attention that numbers the rows it is given: without the multimodal ones the others would "
             "move together"
         )
+    cached = (*_CACHED_PLAINLY, DynamicIndexedLayer) if _indexes_single_keys(stack) else _CACHED_PLAINLY
+    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
+        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in cached:
+            return (
+                f"has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
+                "leaving rows out of them is not handled yet"
+            )
     if not placeholders and not set(POSITION_ARGUMENTS) & set(arguments):
         return (
             "has no placeholder tokens for images, video or audio that could be found: no row of its decoder "
@@ -93,6 +98,14 @@ def _has_cross_attention(stack: nn.Module) -> bool:
     lists = [part for part in stack.children() if isinstance(part, nn.ModuleList)]
     parts = [f"{name} {type(part).__name__}" for layers in lists for name, part in layers.named_modules()]
     return any(re.search("cross_?att|encoder_attn", part, re.IGNORECASE) for part in parts)
+
+
+def _indexes_single_keys(stack: Any) -> bool:
+    """Whether an indexer scores the keys of its own layer one by one, and neither pools of neighbours, which
+    would be others without the multimodal rows, nor for later layers, which may hold other rows."""
+    sizes = {name for name in stack.config.to_dict() if name.startswith("index")}
+    handed = {name for layer in stack.layers for name in inspect.signature(type(layer).forward).parameters}
+    return sizes <= _INDEXER_SIZES and not any("topk" in name for name in handed)
 
 
 def _projects_with_bias(convolution: Any) -> bool:

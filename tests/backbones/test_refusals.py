@@ -12,7 +12,7 @@ from transformers import (
     MllamaConfig,
     MllamaForConditionalGeneration,
 )
-from transformers.cache_utils import Cache, DynamicIndexedLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from zoo import FAMILIES, LAYERS, TEXT, logits_of
 from zoo.liquid_like import lfm2_vl
 
@@ -114,10 +114,14 @@ def test_convolutions_with_a_bias():
 
 
 def test_a_cache_that_cannot_skip(llava):
-    """A kind of cache layer that nothing is known of, such as an indexer's."""
+    """A kind of cache layer that nothing is known of."""
+
+    class OwnLayer(DynamicLayer):
+        pass
+
     inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
-    cache = Cache(layers=[DynamicIndexedLayer() for _ in range(LAYERS)])
-    with pytest.raises(UnsupportedCacheError, match="DynamicIndexedLayer"), insert_at(llava, 2):
+    cache = Cache(layers=[OwnLayer() for _ in range(LAYERS)])
+    with pytest.raises(UnsupportedCacheError, match="OwnLayer"), insert_at(llava, 2):
         logits_of(llava, inputs, past_key_values=cache)
     assert logits_of(llava, inputs).isfinite().all()
 

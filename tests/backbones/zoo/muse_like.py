@@ -45,6 +45,8 @@ SPECIAL: dict[str, Any] = {
     "projector_hidden_size": 32,
 }
 
+patched_images = patched()
+
 
 def _glimmer() -> PreTrainedModel:
     return MuseGlimmerForConditionalGeneration(

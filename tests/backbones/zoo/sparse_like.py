@@ -150,9 +150,34 @@ def _merged_patches(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     return Media(inputs, [[PLACEHOLDER] * (high * wide // 4) for high, wide in grids])
 
 
+def _frames(seeds: list[list[int]], lengths: tuple[int, int]) -> tuple[list[int], torch.Tensor]:
+    """Each sound's number of mel frames, one of `lengths`, and (sounds, most, 8) frames."""
+    return [lengths[seed % 2] for seed in flat(seeds)], torch.stack(
+        [noise(seed, max(lengths), 8) for seed in flat(seeds)]
+    )
+
+
+def _dots_sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Sounds of 24 or 16 mel frames of four samples each: three or two tokens."""
+    counts, frames = _frames(seeds, (24, 16))
+    lengths = torch.tensor([4 * count for count in counts])
+    inputs = {"input_features": frames.transpose(1, 2), "chunk_sample_lengths": lengths}
+    return Media(inputs, [[SOUND] * (count // 8) for count in counts])
+
+
+def _nemotron_sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Sounds of 23 or 15 mel frames: six or four tokens."""
+    counts, frames = _frames(seeds, (23, 15))
+    mask = torch.stack([torch.arange(23) < count for count in counts])
+    inputs = {"input_features": frames, "input_features_mask": mask}
+    return Media(inputs, [[SOUND] * ((count + 1) // 4) for count in counts])
+
+
 sparse = partial(Family, placeholders=frozenset({PLACEHOLDER, VIDEO, SOUND}))
 
 FAMILIES = [
     sparse("dots3_note", _dots3_note, _merged_patches),
+    sparse("dots3_note-audio", _dots3_note, _dots_sounds),
     sparse("nemotron_h_omni", _nemotron_h_omni, _merged_patches, deepest=5),
+    sparse("nemotron_h_omni-audio", _nemotron_h_omni, _nemotron_sounds, deepest=5),
 ]
