@@ -6,12 +6,13 @@ RUN := $(VENV)/bin/python
 # One thread: the models of the tests are so small that threads cost more than they give.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow models lint format bench clean
 
 help:
 	@echo "make demo       the whole way on the embedded tiny backbone, into runs/demo"
 	@echo "make test       the test suite"
 	@echo "make test-slow  long checks"
+	@echo "make models     docs/models.md, from a run over all model families"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      prefill time by insert layer, into runs/bench"
 
@@ -23,6 +24,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
+
+models: $(VENV)/installed-dev
+	$(PYTEST) tests/backbones/test_models.py --models-page docs/models.md
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

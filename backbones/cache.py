@@ -150,6 +150,20 @@ def is_empty(cache: Cache) -> bool:
     return not any(layer.is_initialized for layer in layers)
 
 
+def check_can_continue(cache: Cache | None, index: int) -> None:
+    """Raise `UnsupportedCacheError` where recurrent layer `index` already holds a state.
+
+    A dummy on the left of a row would change it; before the first row there is nothing to change.
+    """
+    layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    if isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()):
+        raise UnsupportedCacheError(
+            f"layer {index} carries a recurrent state, which a batch cannot continue where its rows have "
+            "different numbers of text tokens, or none, beside multimodal ones: continue one row at a time, "
+            "with text, or insert at layer 0"
+        )
+
+
 class LayerKeys:
     """Decoder layer `index`'s place in the cache just before a call for `length` new positions."""
 
@@ -174,7 +188,7 @@ class LayerKeys:
     def identity(self) -> tuple:
         """What the columns depend on beside the new rows: layers with the same identity share them."""
         known = getattr(self.layer, "keymap", None) or getattr(self.layer, "holes", None)
-        held = None if self.empty or self.static else self.layer.keys.shape[-2]
+        held = self.layer.keys.shape[-2] if self.windowed and not self.empty else None
         size = self.layer.max_cache_len if self.static else None
         return id(known), held, self.past, self.offset, self.static, self.windowed, size
 

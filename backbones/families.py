@@ -12,10 +12,24 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
+
+
+_CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+"""Layers cached in other ways keep blocks, indices or several things of different lengths."""
+
+_CACHED_NOT_AT_ALL = ("moe", "mlp")
+"""Types of layers without attention."""
 
 
 class UnsupportedModelError(ValueError):
@@ -41,6 +55,12 @@ def find_stack(model: nn.Module) -> Any:
     """
     model = base_model_of(model)
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
+    if type(model).forward is nn.Module.forward:
+        parts = [part for part, module in model.named_children() if hasattr(type(module), "get_decoder")]
+        raise UnsupportedModelError(
+            f"{name} has no forward of its own; give the part of it that reads images, video or sounds "
+            f"(among {', '.join(parts)}): what is set there holds when the whole model calls it"
+        )
     stack: Any = _find_encoder(model, name) if is_encoder_decoder(model) else model.get_decoder()
     while not isinstance(getattr(stack, "layers", None), nn.ModuleList):
         inner = [getattr(stack, part, None) for part in ("model", "decoder", "language_model", "text_model")]
@@ -54,7 +74,62 @@ def find_stack(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{name} reads images through cross-attention: multimodal tokens are never rows of its decoder"
         )
+    for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
+        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in _CACHED_PLAINLY:
+            raise UnsupportedModelError(
+                f"{name} has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
+                "leaving rows out of them is not handled yet"
+            )
+    if any(_projects_with_bias(getattr(layer, "conv", None)) for layer in stack.layers):
+        raise UnsupportedModelError(
+            f"{name} has short convolutions with a bias: padding would not be zero in them, and reach the "
+            "rows after it"
+        )
+    if "inputs_embeds" not in inspect.signature(type(stack).forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}: its decoder takes no embeddings, so multimodal tokens are never rows of it"
+        )
+    if any(map(_numbers_its_rows, stack.layers)):
+        raise UnsupportedModelError(
+            f"{name}: its attention numbers the rows that it is given, so that without the multimodal ones "
+            "the others would move together"
+        )
     return stack
+
+
+def _projects_with_bias(convolution: Any) -> bool:
+    """Whether what a short convolution makes of an all-zero row is something else than zero."""
+    projection = getattr(convolution, "in_proj", None)
+    return getattr(projection, "bias", None) is not None
+
+
+def _numbers_its_rows(layer: nn.Module) -> bool:
+    """Whether the attention makes positions of its own, which it hands to a part of it (a relative bias)."""
+    return any(
+        name.endswith("_positions")
+        for part in layer.modules()
+        for name in inspect.signature(type(part).forward).parameters
+    )
+
+
+def farthest_position(stack: Any) -> int | None:
+    """The end of the prompts that a layer without all rows can be given; None where there is none.
+
+    Llama 4 scales queries by the number of their row, from `floor_scale` rows on.
+    """
+    config = stack.config
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
+
+
+def deepest_insert_layer(stack: Any) -> int:
+    """The number of layers, or the first one whose keys later layers read instead of making their own.
+
+    A later layer that holds all rows could not read keys made without the multimodal ones.
+    """
+    modes: Any = getattr(stack.config, "kv_sharing_modes", None) or []
+    readers = {stack.config.layer_types[index] for index, mode in enumerate(modes) if mode == "reuse"}
+    read = [i for i, mode in enumerate(modes) if mode == "store" and stack.config.layer_types[i] in readers]
+    return min(read, default=len(stack.layers))
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
@@ -93,6 +168,12 @@ def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
     return owners[0] if owners else None
 
 
+def placeholder_methods(owner: Any | None) -> list[str]:
+    """Names of the methods of `owner` that say where features are scattered; some have another for sounds."""
+    names = dir(type(owner))
+    return [name for name in names if name.startswith("get_") and name.endswith("placeholder_mask")]
+
+
 def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     """Token ids that stand for multimodal tokens, by the names configurations use for them.
 
@@ -107,7 +188,7 @@ def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
     return frozenset()
 
 
-RECURRENT = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
+RECURRENT = frozenset({"linear_attention", "conv"})
 
 
 def is_recurrent(stack: Any, index: int) -> bool:

@@ -21,9 +21,11 @@ from .rows import Rows
 
 _ROW_DIMENSION = {
     "position_embeddings": -2,
+    "per_layer_input": -2,
     "position_ids": -1,
     "token_type_ids": -1,
     "mm_token_type_ids": -1,
+    "moe_mm_token_type_ids": -1,
 }
 """Where the rows are in what a stack hands each layer."""
 
@@ -57,14 +59,19 @@ class Forward:
     flash: bool
     causal: bool = True
     between: bool = False
+    plan: Callable[[Tensor], dict[int, Rows | None]] | None = None
+    """Makes the stages from the input of layer 0, where the stack embeds the ids itself."""
     entered: Tensor | None = None
-    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
+    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet; (A, B, S, D) where a model
+    carries A streams."""
     rows: Rows | None = None
     """The rows that the hidden states now hold."""
     memo: dict[tuple, tuple] = field(default_factory=dict)
 
     def enter(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Hidden states (B, R, D) for layer `layer_idx` from what the layer before it returned."""
+        if layer_idx == 0 and self.plan is not None:
+            self.stages = self.plan(hidden)
         if layer_idx == 0 or self.between:
             self.entered = hidden
         elif layer_idx in self.stages:

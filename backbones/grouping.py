@@ -24,6 +24,7 @@ _BATCH_DIMENSION = {
     "position_ids": -2,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
     "visual_pos_masks": 0,
     "per_layer_inputs": 0,
 }

@@ -31,7 +31,7 @@ def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     class, parameters and `state_dict` are unchanged; a PEFT model is changed through its base model.
 
     Raises `UnsupportedModelError` for models without a decoder stack fed by an encoder's features, and
-    `ValueError` for a layer outside 0 to N.
+    `ValueError` for a layer outside 0 to N, or to the first layer whose keys later layers share.
     """
     base = base_model_of(model)
     stack = find_stack(base)

@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import LayerKeys, holds_short_layers, is_short_static
+from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static
 from .families import (
     UnsupportedModelError,
+    deepest_insert_layer,
+    farthest_position,
     find_placeholder_owner,
     is_encoder_decoder,
     is_recurrent,
+    placeholder_methods,
     placeholder_token_ids,
 )
 from .forward import Forward
@@ -85,6 +88,8 @@ class Insertion:
         self.stack = stack
         self.insert_layer = 0
         self.num_layers = len(stack.layers)
+        self.deepest = deepest_insert_layer(stack)
+        self.farthest = farthest_position(stack)
         self.stack_arguments = list(inspect.signature(stack.forward).parameters)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
@@ -93,8 +98,8 @@ class Insertion:
         self.embedding = model.get_input_embeddings()
         self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
-        told = set(POSITION_ARGUMENTS) & set(self.stack_arguments)
-        if self.owner is None and not self.placeholder_ids and not told:
+        self.told = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
+        if self.owner is None and not self.placeholder_ids and not self.told:
             raise UnsupportedModelError(
                 f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
                 "images, video or audio were found, so no row of its decoder is known to hold a feature"
@@ -106,11 +111,22 @@ class Insertion:
         self.handles: list[Any] = []
 
     def check(self, layers: Sequence[int]) -> None:
-        wrong = [layer for layer in layers if not 0 <= layer <= self.num_layers]
+        wrong = [layer for layer in layers if not 0 <= layer <= self.deepest]
         if wrong or not layers:
+            limit = (
+                "the number of decoder layers of this model"
+                if self.deepest == self.num_layers
+                else f"the first of its {self.num_layers} decoder layers whose keys later layers share"
+            )
             raise ValueError(
-                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.num_layers}, "
-                f"the number of decoder layers of this model"
+                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
+            )
+
+    def check_length(self, length: int) -> None:
+        if self.farthest is not None and length > self.farthest:
+            raise UnsupportedModelError(
+                f"a prompt of {length} positions: this model scales attention by the number of a row from "
+                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
             )
 
     def install(self) -> None:
@@ -126,9 +142,9 @@ class Insertion:
             self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
             self.entrance.register_forward_hook(self.left, always_call=True),
         ]
-        if self.owner is not None:
+        for name in placeholder_methods(self.owner):
             # A partial of bound methods, unlike a closure, is copied right by copy.deepcopy.
-            self.owner.get_placeholder_mask = partial(self.saw_placeholders, self.owner.get_placeholder_mask)
+            setattr(self.owner, name, partial(self.saw_placeholders, getattr(self.owner, name)))
 
     def uninstall(self) -> None:
         for module in (self.stack, *self.stack.layers):
@@ -136,8 +152,8 @@ class Insertion:
             delattr(module, ATTRIBUTE)
         for handle in self.handles:
             handle.remove()
-        if self.owner is not None:
-            del self.owner.get_placeholder_mask
+        for name in placeholder_methods(self.owner):
+            delattr(self.owner, name)
 
     @contextmanager
     def overridden(self, override: Override) -> Iterator[None]:
@@ -175,19 +191,26 @@ class Insertion:
         """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.ndim == 2:
-            self.seen = Sightings(input_ids=ids)
+            self.seen = Sightings(input_ids=ids, entered=True)
 
     def left(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook after the model, also where it failed before the stack."""
         self.seen = Sightings()
 
     def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Hook on the input embeddings: a forward starts with them, except inside `get_placeholder_mask`."""
-        if args and args[0].ndim == 2 and getattr(self.stack, ATTRIBUTE, None) is self:
-            self.seen = Sightings(input_ids=args[0], embedded=output)
+        """Hook on the input embeddings: a forward starts with them, unless the model was given the ids.
+
+        A model may then embed others, with padding in the place of its placeholders (Gemma 4).
+        """
+        if not args or args[0].ndim != 2 or getattr(self.stack, ATTRIBUTE, None) is not self:
+            return
+        if not self.seen.entered:
+            self.seen = Sightings(input_ids=args[0])
+        if self.seen.embedded is None:
+            self.seen.embedded = output
 
     def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`get_placeholder_mask`, noting where it says that features go."""
+        """A `get_placeholder_mask`, noting where it says that features go."""
         result = stock(*args, **kwargs)
         self.seen.see_placeholders(result)
         return result
@@ -226,14 +249,13 @@ class Insertion:
             if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
                 return stock(*args, **kwargs)
             embeds = call.get("inputs_embeds")
-            explicit = self.override.multimodal if self.override else None
-            if max(layers) == 0:
-                multimodal = None
-            elif embeds is None:
-                multimodal = told_positions(call, self.placeholder_ids, explicit)
-            else:
-                multimodal = seen.multimodal(embeds, self.placeholder_ids, explicit)
-            per_row = _one_per_row(layers, (call["input_ids"] if embeds is None else embeds).shape[0])
+            if embeds is None:
+                per_row = _one_per_row(layers, call["input_ids"].shape[0])
+                return self.run(stock, per_row, None, call, partial(self.plan_inside, per_row, call))
+            multimodal = self.multimodal(seen, embeds)
+            if multimodal is not None:
+                self.check_recorded(call)
+            per_row = _one_per_row(layers, embeds.shape[0])
             if multimodal is not None and can_group(self.stack, per_row, call):
                 return in_groups(partial(self.run, stock), per_row, multimodal, call)
             return self.run(stock, per_row, multimodal, call)
@@ -241,12 +263,42 @@ class Insertion:
             # A stack that embeds ids itself has been seen to do so: of no concern to the next forward.
             progress.seen, progress.depth = Sightings(), progress.depth - 1
 
+    def check_recorded(self, call: dict[str, Any]) -> None:
+        """Refuse router logits: the stock loss that balances experts would give them to the wrong tokens."""
+        name = "output_router_logits"
+        if call.get(name, getattr(self.stack.config, name, False)):
+            raise ValueError(
+                f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the "
+                "loss that balances the experts cannot know; set it to False"
+            )
+
+    def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
+        """(B, S) bool of the positions that wait; None where there are none."""
+        if max(self.layers) == 0:
+            return None
+        return seen.multimodal(
+            embeds, self.placeholder_ids, self.override.multimodal if self.override else None
+        )
+
+    def plan_inside(
+        self, layers: Sequence[int], call: dict[str, Any], embeds: Tensor
+    ) -> dict[int, Rows | None]:
+        """The stages where the stack itself embeds the ids, and may scatter features (Chameleon): its first
+        layer's input `embeds` is the first that can tell."""
+        if self.told:
+            explicit = self.override.multimodal if self.override else None
+            multimodal = told_positions(call, self.placeholder_ids, explicit)
+        else:
+            multimodal = self.multimodal(self.progress.seen, embeds)
+        return {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
+
     def run(
         self,
         stock: Callable[..., Any],
         layers: Sequence[int],
         multimodal: Tensor | None,
         call: dict[str, Any],
+        plan: Callable[[Tensor], dict[int, Rows | None]] | None = None,
     ) -> Any:
         """One call of the stock stack; `layers` has one insert layer for each of its rows."""
         embeds = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
@@ -256,6 +308,7 @@ class Insertion:
             causal=self.causal,
             flash="flash" in str(self.stack.config._attn_implementation),
             between=any(name.startswith("deepstack") and call[name] is not None for name in call),
+            plan=plan,
         )
         outer, self.progress.forward = self.progress.forward, forward
         try:
@@ -306,6 +359,9 @@ class Insertion:
         else:
             if forward.rows is not None:
                 keys.check_can_skip()
+                if self.recurrent[index] and forward.rows.ragged:
+                    check_can_continue(call.get("past_key_values"), index)
+                self.check_length(keys.past + forward.length)
             columns = forward.columns(keys, hidden)
             output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
             if forward.rows is not None or keys.short:

@@ -26,6 +26,8 @@ class Sightings:
     """(B, S, D) what the embedding layer returned."""
     scattered: Tensor | None = None
     """(B, S) bool where the model's `get_placeholder_mask` said that features go."""
+    entered: bool = False
+    """Whether the model itself was given the ids, and not its embedding layer alone."""
 
     def see_placeholders(self, result: Any) -> None:
         """What `get_placeholder_mask` returned: one mask, or one for each modality."""

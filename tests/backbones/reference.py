@@ -40,7 +40,7 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
             hidden = call.pop("hidden_states")
             entered[:] = [hidden]
             if removes:
-                return (hidden[:, ~multimodal],), _without(call, ~multimodal)
+                return (hidden[..., ~multimodal, :],), _without(call, ~multimodal)
             causal = getattr(getattr(module, "self_attn", None), "is_causal", True)
             call["attention_mask"] = _blind(call.get("attention_mask"), multimodal, hidden.dtype, causal)
             return (hidden,), call
@@ -55,7 +55,7 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
         ) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
             kept = entered.pop().clone()
-            kept[:, ~multimodal] = hidden if removes else hidden[:, ~multimodal]
+            kept[..., ~multimodal, :] = hidden if removes else hidden[..., ~multimodal, :]
             return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 from zoo import FAMILIES, LAYERS, TEXT, logits_of
+from zoo.liquid_like import lfm2_vl
 
 from backbones import UnsupportedModelError, deep_insert, insert_at, set_insert_layer
 from backbones.cache import UnsupportedCacheError
@@ -106,6 +107,12 @@ def test_cross_attention():
         deep_insert(model, 1)
 
 
+def test_convolutions_with_a_bias():
+    """A row alone and the same row beside a longer one would differ, as a dummy would not be zero."""
+    with pytest.raises(UnsupportedModelError, match="short convolutions with a bias"):
+        deep_insert(lfm2_vl(conv_bias=True), 1)
+
+
 def test_a_cache_that_cannot_skip(llava):
     """A kind of cache layer that nothing is known of, such as an indexer's."""
     inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
@@ -120,3 +127,25 @@ def test_a_layer_called_by_itself(llava):
     layer = llava.get_decoder().layers[0]
     with pytest.raises(UnsupportedModelError, match="outside of its stack"), insert_at(llava, 2):
         layer(torch.zeros(1, 3, 32), position_embeddings=(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
+def test_router_logits():
+    family = FAMILIES["qwen3_vl_moe"]
+    model = deep_insert(family.model(), 0)
+    inputs = family.batch(model)
+    assert model(**inputs, output_router_logits=True).aux_loss.isfinite()
+    with insert_at(model, 2), pytest.raises(ValueError, match="output_router_logits needs insert layer 0"):
+        model(**inputs, output_router_logits=True)
+
+
+def test_a_prompt_whose_rows_the_attention_numbers():
+    """Llama 4 scales queries from row `floor_scale` on; in a short layer a row has another number."""
+    family = FAMILIES["llama4"]
+    model = family.model()
+    inputs = family.batch(model, only=0)
+    model.get_decoder().model.config.floor_scale = inputs["input_ids"].shape[1]
+    deep_insert(model, 2)
+    with pytest.raises(UnsupportedModelError, match="insert at layer 0"):
+        logits_of(model, inputs)
+    with insert_at(model, 0):
+        logits_of(model, inputs)

@@ -83,6 +83,8 @@ class Family:
     """Factor on the initial matrices: large, so that a wrong row shows in the logits."""
     rows: tuple[Row, ...] = ((3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 6))
     """A ragged batch with one, no and two images; another where the family cannot have that one."""
+    deepest: int = LAYERS
+    """The deepest insert layer that is allowed."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Promises that the stock model itself does not keep, with the reason; see `test_models.py`."""
     pads_right: str = ""
