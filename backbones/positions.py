@@ -12,10 +12,6 @@ from torch import Tensor
 POSITION_ARGUMENTS = ("image_embeds_position_mask",)
 """Arguments of a stack that say, with 1 and 0, where it puts the features itself (Kosmos-2)."""
 
-_UNTOLD = (
-    "do not say which positions are multimodal: pass them with insert_at(model, layer, multimodal_mask=mask)"
-)
-
 
 @dataclass
 class Sightings:
@@ -60,27 +56,19 @@ class Sightings:
             return (self.embedded != embeds).any(dim=-1)
         if length == 1:
             return None
-        raise ValueError(f"inputs_embeds without input_ids {_UNTOLD}")
+        raise ValueError(
+            "inputs_embeds without input_ids do not say which positions are multimodal: pass them with "
+            "insert_at(model, layer, multimodal_mask=mask)"
+        )
 
 
-def told_positions(
-    call: Mapping[str, Any], placeholder_ids: Sequence[int], explicit: Tensor | None
-) -> Tensor | None:
-    """`Sightings.multimodal` for a stack that is given ids and puts features among embeddings itself."""
-    ids: Tensor = call["input_ids"]
-    if ids.shape[1] == 1:
-        return None
-    if explicit is not None:
-        return _for_batch(explicit, ids)
+def told_positions(call: Mapping[str, Any]) -> Tensor | None:
+    """(B, S) bool of the positions that a call of the stack names itself; None where it names none."""
     past = call.get("past_key_values")
-    masks = [call[name] for name in POSITION_ARGUMENTS if call.get(name) is not None]
-    if masks and (past is None or past.get_seq_length() == 0):
-        return masks[0].to(ids.device, torch.bool)
-    if not placeholder_ids:
-        if any(name in call for name in POSITION_ARGUMENTS):
-            return None
-        raise ValueError(f"input_ids of a model that names no placeholder token {_UNTOLD}")
-    return torch.isin(ids, torch.tensor(placeholder_ids, device=ids.device))
+    for name in POSITION_ARGUMENTS:
+        if call.get(name) is not None and (past is None or past.get_seq_length() == 0):
+            return call[name].bool()
+    return None
 
 
 def _fits(seen: Tensor | None, embeds: Tensor) -> TypeGuard[Tensor]:
