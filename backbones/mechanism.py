@@ -280,11 +280,10 @@ class Insertion:
     ) -> dict[int, Rows | None]:
         """The stages where the stack itself embeds the ids, and may scatter features (Chameleon): its first
         layer's input `embeds` is the first that can tell."""
+        seen = self.progress.seen
         if self.told:
-            explicit = self.override.multimodal if self.override else None
-            multimodal = told_positions(call, self.placeholder_ids, explicit)
-        else:
-            multimodal = self.multimodal(self.progress.seen, embeds)
+            seen = Sightings(scattered=told_positions(call), embedded=embeds)
+        multimodal = self.multimodal(seen, embeds)
         return {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
 
     def run(

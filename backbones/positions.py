@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,16 +42,16 @@ class Sightings:
         of the embedding layer, placeholder ids, and what differs from the embedding layer's output. Raises
         `ValueError` where nothing says it.
         """
-        batch, length = embeds.shape[:2]
+        length = embeds.shape[1]
         if explicit is not None and length > 1:
             return _for_batch(explicit, embeds)
-        if self.scattered is not None and self.scattered.shape == (batch, length):
-            return self.scattered
+        if _fits(self.scattered, embeds):
+            return _for_batch(self.scattered, embeds)
         if self.embedded is embeds:
             return None
-        if self.input_ids is not None and self.input_ids.shape == (batch, length) and placeholder_ids:
+        if _fits(self.input_ids, embeds) and placeholder_ids:
             ids = torch.tensor(placeholder_ids, device=self.input_ids.device)
-            return torch.isin(self.input_ids, ids)
+            return _for_batch(torch.isin(self.input_ids, ids), embeds)
         if self.embedded is not None and self.embedded.shape == embeds.shape:
             return (self.embedded != embeds).any(dim=-1)
         if length == 1:
@@ -62,26 +62,22 @@ class Sightings:
         )
 
 
-def told_positions(
-    call: Mapping[str, Any], placeholder_ids: Sequence[int], explicit: Tensor | None
-) -> Tensor | None:
-    """`Sightings.multimodal` for a stack that is given ids and puts features among embeddings itself."""
-    ids: Tensor = call["input_ids"]
-    if ids.shape[1] == 1:
-        return None
-    if explicit is not None:
-        return _for_batch(explicit, ids)
+def told_positions(call: Mapping[str, Any]) -> Tensor | None:
+    """(B, S) bool of the positions that a call of the stack names itself; None where it names none."""
     past = call.get("past_key_values")
-    masks = [call[name] for name in POSITION_ARGUMENTS if call.get(name) is not None]
-    if masks and (past is None or past.get_seq_length() == 0):
-        return masks[0].to(ids.device, torch.bool)
-    if not placeholder_ids:
-        return None
-    return torch.isin(ids, torch.tensor(placeholder_ids, device=ids.device))
+    for name in POSITION_ARGUMENTS:
+        if call.get(name) is not None and (past is None or past.get_seq_length() == 0):
+            return call[name].bool()
+    return None
+
+
+def _fits(seen: Tensor | None, embeds: Tensor) -> TypeGuard[Tensor]:
+    """Whether `seen` (B, S) is of `embeds`, whose rows BLIP-2's `generate` repeats after embedding them."""
+    return seen is not None and seen.shape[1] == embeds.shape[1] and embeds.shape[0] % seen.shape[0] == 0
 
 
 def _for_batch(mask: Tensor, embeds: Tensor) -> Tensor:
-    """A caller's `multimodal_mask` (B, S) as bool for this forward, whose rows may be repeated (beams)."""
+    """A `multimodal_mask` (B, S) as bool for this forward, whose rows may be repeated (beams)."""
     batch, length = embeds.shape[:2]
     if mask.ndim != 2 or mask.shape[1] != length or batch % mask.shape[0]:
         raise ValueError(

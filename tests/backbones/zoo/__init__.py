@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
-from .family import LAYERS, PLACEHOLDER, TEXT, VISION, Family, Media, Refused, logits_of
+from .family import LAYERS, PLACEHOLDER, TEXT, VISION, WORDS, Family, Media, Refused, logits_of
 
 _MODULES = [
     import_module(f"{__name__}.{found.name}")
@@ -31,6 +31,7 @@ __all__ = [
     "REFUSED",
     "TEXT",
     "VISION",
+    "WORDS",
     "Family",
     "Media",
     "Refused",

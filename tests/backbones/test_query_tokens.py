@@ -1,0 +1,45 @@
+"""Models that embed the prompt themselves and hand it to the `generate` of the language model inside."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from zoo import FAMILIES, LAYERS, WORDS, Family, logits_of
+
+from backbones import deep_insert, insert_at
+
+OPTIONS = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module", params=["blip-2", "instructblip"])
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def inserted(family):
+    return deep_insert(copy.deepcopy(family.model()), 0)
+
+
+@pytest.mark.parametrize("layer", [1, LAYERS])
+def test_generated_tokens_are_those_of_the_forward(family, inserted, layer):
+    inputs = family.batch(inserted, only=2)
+    with insert_at(inserted, layer), torch.no_grad():
+        tokens = inserted.generate(**inputs, **OPTIONS)
+        given = tokens[:, :-1]
+        again = inputs | {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        scores = logits_of(inserted, again)[0, -3:]
+    scores[:, : WORDS.start] = -torch.inf
+    assert torch.equal(scores.argmax(-1), tokens[0, -3:])
+
+
+def test_beams_take_the_insert_layer_of_their_row(family, inserted):
+    depths = [2, LAYERS, 1, 3]
+    with insert_at(inserted, depths):
+        together = inserted.generate(**family.batch(inserted), **OPTIONS, num_beams=2)
+    for row, depth in enumerate(depths):
+        with insert_at(inserted, depth):
+            alone = inserted.generate(**family.batch(inserted, only=row), **OPTIONS, num_beams=2)
+        assert torch.equal(together[row, -3:], alone[0, -3:])
