@@ -110,7 +110,7 @@ class CostModel:
             most_cached=_most_cached(base, stack),
             head=2 * head.in_features * head.out_features if isinstance(head, nn.Linear) else 0,
             head_bytes=0 if head is None else head.weight.nbytes,
-            can_keep_logits="logits_to_keep" in inspect.signature(type(base).forward).parameters,
+            can_keep_logits=_can_keep_logits(base),
             dtype=base.dtype,
             encoder=encoder_cost_of(base) if inputs is None else measure_encoder(base, inputs),
             encoder_bytes=total - weight_bytes(parts),
@@ -235,6 +235,12 @@ class CostModel:
             if text < 0 or multimodal < 0 or text + multimodal == 0:
                 raise ValueError(f"{text} text and {multimodal} multimodal tokens are no prompt")
         return result
+
+
+def _can_keep_logits(model: Any) -> bool:
+    """Whether the model's forward takes `logits_to_keep`, or hands it to its language model (BLIP-2)."""
+    parts = [model, getattr(model, "language_model", model)]
+    return any("logits_to_keep" in inspect.signature(type(part).forward).parameters for part in parts)
 
 
 def _cache_layers(model: PreTrainedModel, stack: Any) -> list[Any]:

@@ -39,9 +39,8 @@ class Device:
         """FLOP/s in `dtype`. Raises `ValueError` where the device has no figure for it."""
         name = str(dtype).removeprefix("torch.")
         if name not in self.peak_flops:
-            raise ValueError(
-                f"{self.name} has no figure for {name}: choose one of {', '.join(self.peak_flops)}"
-            )
+            known = ", ".join(self.peak_flops)
+            raise ValueError(f"{self.name} has no figure for {name}: choose the dtype among {known}")
         return self.peak_flops[name]
 
 
@@ -100,7 +99,7 @@ def device_named(name: str) -> Device:
 
 
 def measure_cpu(size: int = 1024, repeats: int = 5) -> Device:
-    """This machine, as torch reaches it with its present threads: a product of square float32 matrices, a copy.
+    """This machine, as torch reaches it with its present threads, by a float32 matrix product and a copy.
 
     What is measured is what can be reached, so that an efficiency of 1 fits it. Takes about a second.
     """

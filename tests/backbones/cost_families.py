@@ -10,10 +10,14 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PaliGemmaConfig,
@@ -24,9 +28,8 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
-
-from .zoo.family import LAYERS, PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise, token_types
-from .zoo.qwen_like import ROTARY, SPECIAL, patched_images
+from zoo.family import LAYERS, PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise, token_types
+from zoo.qwen_like import ROTARY, SPECIAL, patched_images
 
 SMALL_PATCHES = {**VISION, "patch_size": 4}
 """16 patches an image, for families that merge four of them into one token."""
@@ -146,6 +149,34 @@ def _blip_2() -> PreTrainedModel:
     )
 
 
+def _mixtral() -> PreTrainedModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config={"model_type": "mixtral", **TEXT, **experts},
+            vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+            image_token_id=PLACEHOLDER,
+            image_seq_length=4,
+        )
+    )
+
+
+def idefics2() -> PreTrainedModel:
+    """Its perceiver is no connector that the cost model knows."""
+    perceiver = {
+        "hidden_size": 32, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 4,
+        "resampler_head_dim": 8, "num_key_value_heads": 2,
+    }  # fmt: skip
+    return Idefics2ForConditionalGeneration(
+        Idefics2Config(
+            text_config={"model_type": "mistral", "sliding_window": None, **TEXT},
+            vision_config=SMALL_PATCHES,
+            perceiver_config=perceiver,
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
 def _squares(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     """Images of 16 x 16 pixels, four tokens each."""
     images = [noise(seed, 3, 16, 16) for seed in flat(seeds)]
@@ -181,4 +212,5 @@ FAMILIES = [
     Family("paligemma", _paligemma, _squares, finish=_typed),
     Family("aria", _aria, _squares),
     Family("blip-2", _blip_2, _squares),
+    Family("llava-mixtral", _mixtral, _squares),
 ]
