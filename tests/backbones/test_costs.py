@@ -57,18 +57,17 @@ def counted(model, inputs, insert_layer=0, **options) -> int:
     return counter.get_total_flops()
 
 
-def generated(model, inputs, insert_layer, tokens):
-    """FLOPs of generating `tokens` tokens, and the cache that is left: the last token is not in it."""
+def generate(model, inputs, insert_layer, tokens):
+    """The cache after generating `tokens` tokens; the last of them is not in it."""
     deep_insert(model, insert_layer)
-    options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True}
     try:
-        with torch.no_grad(), flop_counter() as counter:
-            cache = model.generate(**inputs, **options).past_key_values
+        with torch.no_grad():
+            options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True}
+            return model.generate(**inputs, **options).past_key_values
     except UnsupportedCacheError as error:
         pytest.skip(str(error))
     finally:
         deep_insert(model, 0)
-    return counter.get_total_flops(), cache
 
 
 def test_eq5_gives_the_ratios_of_the_paper():
@@ -109,16 +108,20 @@ def test_an_encoder_of_unknown_kind_says_that_it_is_estimated():
 @pytest.mark.parametrize("insert_layer", [0, 2, zoo.LAYERS])
 def test_decoding_agrees_with_the_counter(family, model, costs, insert_layer):
     inputs, text, multimodal = prompt(family, model)
-    prefill, decode = (generated(model, inputs, insert_layer, tokens)[0] for tokens in (1, 2))
+    totals = []
+    for tokens in (1, 2):
+        with flop_counter() as counter:
+            generate(model, inputs, insert_layer, tokens)
+        totals.append(counter.get_total_flops())
     cost = costs.decode_cost(text, multimodal, insert_layer)
-    assert cost.flops == pytest.approx(decode - prefill, rel=0.01)
+    assert cost.flops == pytest.approx(totals[1] - totals[0], rel=0.01)
 
 
-@pytest.mark.parametrize("insert_layer", [0, 1, 2, zoo.LAYERS])
+@pytest.mark.parametrize("insert_layer", [0, 2, zoo.LAYERS])
 def test_cache_bytes_are_those_of_the_cache(family, model, costs, insert_layer):
     inputs, text, multimodal = prompt(family, model)
     for tokens in (1, 5):
-        cache = generated(model, inputs, insert_layer, tokens)[1]
+        cache = generate(model, inputs, insert_layer, tokens)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert costs.kv_cache_bytes(text + tokens - 1, multimodal, insert_layer) == held
 
