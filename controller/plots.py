@@ -106,7 +106,7 @@ def predicted_ratios(result: Mapping[str, Any], path: str | Path) -> Path:
     lines = {
         "prefill_ratio": f"prefill time ({result['stock']['prefill']['ms']:.3g} ms)",
         "decode_ratio": f"decode time of a token ({result['stock']['decode']['ms']:.3g} ms)",
-        "kv_cache_ratio": f"KV cache ({result['stock']['kv_cache_bytes'] / 1e6:.3g} MB)",
+        "kv_cache_ratio": f"KV cache ({result['stock']['kv_cache_bytes'] / 1e6:.4g} MB)",
         "flops_ratio": "FLOPs of the prefill",
     }
     for name, label in lines.items():

@@ -116,8 +116,8 @@ def table(result: dict[str, Any]) -> str:
     fits = "fit" if stock["fits"] else "do not fit"
     lines.append(
         f"At insert layer 0, weights ({stock['weight_bytes'] / 1e9:.3g} GB) and KV cache {fits} in "
-        f"{device['memory'] / 1e9:.3g} GB; {stock['prefill']['intensity']:.3g} FLOPs a byte in prefill, "
-        f"{stock['decode']['intensity']:.3g} in decode."
+        f"{device['memory'] / 1e9:.3g} GB; {stock['prefill']['intensity']:.0f} FLOPs a byte in prefill, "
+        f"{stock['decode']['intensity']:.1f} in decode."
     )
     if result["encoder"] == "estimated":
         lines.append("The encoder's kind is not known here: its cost is an estimate from its weights.")
