@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from .encoder_costs import EncoderCost, encoder_cost_of, measure_encoder
-from .families import base_model_of, find_stack
+from .families import UnsupportedModelError, base_model_of, find_stack
 from .module_costs import LayerTraffic, RowCost, key_value_width, layer_traffic, row_cost, weight_bytes
 
 Count = int | Sequence[int]
@@ -123,6 +124,10 @@ class CostModel:
 
         `dtype` is by default the configuration's own, else float32. Raises as `from_model` does.
         """
+        if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            raise UnsupportedModelError(
+                f"model type {config.model_type!r} is no multimodal language model: give one that is"
+            )
         own: Any = config.dtype or config.get_text_config().dtype or torch.float32
         with torch.device("meta"):
             model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or own)

@@ -6,7 +6,9 @@ import cost_families
 import pytest
 import torch
 import zoo
+from transformers import LlamaConfig
 
+from backbones import UnsupportedModelError
 from backbones.cache import UnsupportedCacheError
 from backbones.costs import CostModel, eq5_flops
 from backbones.encoder_costs import flop_counter
@@ -130,6 +132,11 @@ def test_a_configuration_says_as_much_as_the_model(family, model, costs):
     assert CostModel.from_config(model.config, torch.float32) == costs
     weights = {id(weight): weight.nbytes for weight in model.parameters()}
     assert costs.weight_bytes == sum(weights.values())
+
+
+def test_a_configuration_without_images_or_sounds_is_refused():
+    with pytest.raises(UnsupportedModelError, match="'llama' is no multimodal language model"):
+        CostModel.from_config(LlamaConfig())
 
 
 def test_sliding_layers_cache_less_than_their_window():
