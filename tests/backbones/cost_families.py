@@ -29,18 +29,19 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from zoo.family import LAYERS, PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise, token_types
-from zoo.qwen_like import ROTARY, SPECIAL, patched_images
 
 SMALL_PATCHES = {**VISION, "patch_size": 4}
 """16 patches an image, for families that merge four of them into one token."""
 
 
 def _qwen2_vl() -> PreTrainedModel:
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "rope_parameters": rotary}
     vision = {
         "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4,
     }  # fmt: skip
     return Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config={**TEXT, "rope_parameters": ROTARY}, vision_config=vision, **SPECIAL)
+        Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
     )
 
 
@@ -183,6 +184,15 @@ def _squares(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     return Media({"pixel_values": torch.stack(images)}, [[PLACEHOLDER] * 4 for _ in images])
 
 
+def _patches(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Images of 4 x 4 patches of 4 x 4 pixels, four tokens each."""
+    pixels = [noise(seed, 16, 3 * 2 * 4 * 4) for seed in flat(seeds)]
+    grids = torch.tensor([(1, 4, 4)] * len(pixels))
+    return Media(
+        {"pixel_values": torch.cat(pixels), "image_grid_thw": grids}, [[PLACEHOLDER] * 4] * len(pixels)
+    )
+
+
 def _sized(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     media = _squares(model, seeds)
     return Media(media.inputs | {"image_sizes": torch.tensor([[16, 16]] * len(media.tokens))}, media.tokens)
@@ -203,7 +213,7 @@ def _typed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 FAMILIES = [
-    Family("qwen2_vl", _qwen2_vl, patched_images, finish=token_types),
+    Family("qwen2_vl", _qwen2_vl, _patches, finish=token_types),
     Family("internvl", _internvl, _squares),
     Family("idefics3", _idefics3, _by_row),
     Family("smolvlm", _smolvlm, _by_row),
