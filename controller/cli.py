@@ -64,6 +64,11 @@ COMMANDS = {
         "bench",
         "deepinsert bench --insert-layers 0,2,4,6 --batch-size 8 --out runs/bench",
     ),
+    "predict": Command(
+        command_options.PredictOptions,
+        "predict",
+        "deepinsert predict --device-name H100 --text-tokens 16 --batch-size 8 --out runs/predict",
+    ),
 }
 
 

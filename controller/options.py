@@ -20,6 +20,9 @@ COUNTS = {
     "save_every",
     "max_new_tokens",
     "timing_repeats",
+    "text_tokens",
+    "multimodal_tokens",
+    "images",
 }
 MOST_LAYERS = 10_000  # more than any model has; the model's own number is known once it is loaded
 
@@ -188,6 +191,36 @@ class BenchOptions(RunOptions, BackboneOptions):
 
 
 @dataclass(kw_only=True)
+class PredictOptions(RunOptions):
+    """Expect times and memory of a device by the roofline model, from the model's config.json alone."""
+
+    backbone: str = "tiny"
+    """Folder with a config.json, hub id, or "tiny"; no weights are read or fetched."""
+    device_name: str
+    """A100-40, A100-80, H100, H200, L40S, "RTX 4090", T4, cpu (this machine, measured), or your own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of weights and cache; "auto" is the configuration's own."""
+    text_tokens: int = 64
+    """Text tokens of a prompt."""
+    multimodal_tokens: int | None = None
+    """Image or audio tokens of a prompt; by default those of its images, where all images have as many."""
+    images: int = 1
+    """Images or clips of a prompt."""
+    batch_size: int = 1
+    """Prompts in the batch."""
+    insert_layers: str = "all"
+    """Layers to predict: all, 0-7 or 0,4,8."""
+    efficiency: float = 0.5
+    """Share of the device's peak and bandwidth that kernels reach; ratios do not depend on it."""
+    peak_tflops: float | None = None
+    """TFLOP/s in this dtype of a device that is not in the table, with --bandwidth-gb and --memory-gb."""
+    bandwidth_gb: float | None = None
+    """Its memory bandwidth in GB/s."""
+    memory_gb: float | None = None
+    """Its memory in GB."""
+
+
+@dataclass(kw_only=True)
 class DemoOptions:
     """The whole way on the embedded tiny backbone, from data to the evaluation of a variant."""
 
@@ -208,7 +241,7 @@ def check(options: Any) -> None:
     """
     values = vars(options)
     for name in COUNTS & values.keys():
-        if values[name] < 1:
+        if values[name] is not None and values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: give at least 1")
     if "insert_layers" in values and values["insert_layers"].strip() != "all":
         parse_layers(values["insert_layers"], MOST_LAYERS)
@@ -220,9 +253,25 @@ def check(options: Any) -> None:
         raise ValueError(f"--held-out {values['held_out']}: give a share between 0 and 1")
     if "skip_weight" in values and not (values["skip_weight"] >= 0 and math.isfinite(values["skip_weight"])):
         raise ValueError(f"--skip-weight {values['skip_weight']}: give 0 or a positive number")
+    if "efficiency" in values and not 0 < values["efficiency"] <= 1:
+        raise ValueError(f"--efficiency {values['efficiency']}: give a share above 0 and at most 1")
+    if "peak_tflops" in values:
+        _check_device(values)
     if values.get("insert_layer", 0) < 0:
         raise ValueError(f"--insert-layer {values['insert_layer']}: give 0 (the baseline) or a layer above")
     _check_paths(values)
+
+
+def _check_device(values: dict[str, Any]) -> None:
+    """A device of one's own needs all three numbers; one from the table none."""
+    given = {name: values[name] for name in ("peak_tflops", "bandwidth_gb", "memory_gb")}
+    if any(value is not None for value in given.values()):
+        for name, value in given.items():
+            if value is None or not (value > 0 and math.isfinite(value)):
+                raise ValueError(
+                    f"{flag(name)} {value}: a device of your own needs {', '.join(map(flag, given))}, "
+                    "all positive"
+                )
 
 
 def _check_paths(values: dict[str, Any]) -> None:

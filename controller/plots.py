@@ -98,6 +98,31 @@ def prefill_times(result: Mapping[str, Any], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+def predicted_ratios(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Prefill, decode and KV cache by insert layer as a share of the stock model's, by the roofline model."""
+    layers = [row["insert_layer"] for row in result["layers"]]
+    figure, axes = _figure()
+    axes.axhline(1, color="0.6", linewidth=1)
+    lines = {
+        "prefill_ratio": f"prefill time ({result['stock']['prefill']['ms']:.3g} ms)",
+        "decode_ratio": f"decode time of a token ({result['stock']['decode']['ms']:.3g} ms)",
+        "kv_cache_ratio": f"KV cache ({result['stock']['kv_cache_bytes'] / 1e6:.4g} MB)",
+        "flops_ratio": "FLOPs of the prefill",
+    }
+    for name, label in lines.items():
+        ratios = [row[name] for row in result["layers"]]
+        axes.plot(layers, ratios, marker="o", markersize=4, label=label, ls="--" if "flops" in name else "-")
+    axes.set(
+        title=f"Expected of {result['device']['name']}: {result['rows']} x ({result['text_tokens']} text + "
+        f"{result['multimodal_tokens']} multimodal) tokens",
+        ylabel="against the stock model",
+    )
+    axes.set_ylim(bottom=0)
+    _layer_axis(axes)
+    axes.legend(frameon=False, title="stock model in brackets")
+    return save_figure(figure, path)
+
+
 def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
