@@ -1,4 +1,4 @@
-"""Write `docs/performance.md` and its pictures from finished runs of `deepinsert bench` and `benchmarks/gpu.py`:
+"""Write `docs/performance.md` and its pictures from finished runs of `bench` and `benchmarks/gpu.py`:
 
 python benchmarks/write_docs.py runs/bench-full runs/bench-gpu
 """

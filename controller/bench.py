@@ -97,6 +97,8 @@ def plan(options: BenchOptions) -> tuple[list[Cell], Callable[[Cell], Subject]]:
     name = options.dtype if options.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
     chosen = {size.model: parse_layers_or_none(options.insert_layers, size.model) for size in cells}
     cells = [_at_layers(cell, chosen[cell.model], BENCH_MODELS[cell.model].layers) for cell in cells]
+    # Cells that differed in their layers alone are one where layers are given.
+    cells = list({cell.key: cell for cell in cells}.values())
     return cells, _built_in(device, getattr(torch, name))
 
 

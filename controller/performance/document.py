@@ -1,4 +1,4 @@
-"""`docs/performance.md` from finished runs: every figure with its machine, its goal and how it was measured."""
+"""`docs/performance.md` from finished runs: figures with their machine, goals and how they were measured."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ INTRODUCTION = """# Performance
 
 Generated from the runs' `result.json` by `python benchmarks/write_docs.py {runs}`; do not edit.
 
-Every round runs the stock model and every insert layer once, in turned order, on the same inputs; ratios are taken
-within a round, and their median and quartiles are given. *Time* is the wall clock with the device synchronised; *CPU
-time* is that of the process over all threads, which other users of a machine disturb less. *FLOPs* is the ratio that the
-exact count of matrix products allows for the whole model, encoder and head included. *Saving kept* is
-(1 - time ratio) / (1 - FLOPs ratio). Models have random weights, which time does not depend on. Prefill is
-`model(**inputs, use_cache=True, logits_to_keep=1)`; decoding is `generate`, per new token after the first; a training
-step takes the loss at every position. The KV cache is weighed after the prefill and compared with the formula.
+Every round runs the stock model and every insert layer once, in turned order, on the same inputs; ratios
+are taken within a round, and their median and quartiles are given. *Time* is the wall clock with the device
+synchronised; *CPU time* is that of the process over all threads, which other users of a machine disturb
+less. *FLOPs* is the ratio that the exact count of matrix products allows for the whole model, encoder and
+head included. *Saving kept* is (1 - time ratio) / (1 - FLOPs ratio). Models have random weights, which time
+does not depend on. Prefill is `model(**inputs, use_cache=True, logits_to_keep=1)`; decoding is `generate`,
+per new token after the first; a training step takes the loss at every position. The KV cache is weighed
+after the prefill and compared with the formula.
 """
 
 

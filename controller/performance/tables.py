@@ -62,8 +62,7 @@ def _row(cell: Mapping[str, Any], part: str, row: Mapping[str, Any]) -> tuple[st
         f"{low:.3f}-{high:.3f}",
         f"{row['cpu_time_ratio']:.3f}",
         f"{row['ideal_ratio']:.3f}",
-        _share(row["saving_kept"]),
-        _share(row["cpu_saving_kept"]),
+        *("" if part == "decode" else _share(row[name]) for name in ("saving_kept", "cpu_saving_kept")),
         _cache(row),
         f"{judged.goal}: {judged.state}" if judged else "",
     )
