@@ -66,16 +66,16 @@ class Cell:
 def quick_grid() -> list[Cell]:
     """About five minutes on two CPU cores."""
     return [
-        Cell("prefill", "bench", 1, 64, 576, EIGHTHS, 7),
+        Cell("prefill", "bench", 1, 64, 576, EIGHTHS, 5),
         Cell("prefill", "bench", 1, 128, 576, QUARTERS, 5),
         Cell("prefill", "bench-half", 8, 64, 576, QUARTERS, 3),
         Cell("prefill", "bench", 1, 64, 2304, QUARTERS, 3),
-        Cell("decode", "bench", 1, 64, 576, QUARTERS, 5),
+        Cell("decode", "bench", 1, 64, 576, QUARTERS, 3),
         Cell("train-full", "bench", 1, 64, 576, QUARTERS, 3),
         Cell("train-lora", "bench", 1, 64, 576, QUARTERS, 3),
         Cell("rows", "bench", 4, 64, 576, PER_ROW, 3),
-        Cell("ragged", "bench-half", 4, 64, 576, QUARTERS, 3),
-        Cell("mixed", "bench-half", 4, 64, 576, QUARTERS, 3),
+        Cell("ragged", "bench-half", 4, 64, 576, HALVES, 3),
+        Cell("mixed", "bench-half", 4, 64, 576, HALVES, 3),
     ]
 
 
