@@ -6,12 +6,13 @@ RUN := $(VENV)/bin/python
 # One thread: the models of the tests are so small that threads cost more than they give.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 
-.PHONY: help demo test test-slow lint format bench bench-full bench-gpu bench-docs clean
+.PHONY: help demo test test-slow models lint format bench bench-full bench-gpu bench-docs clean
 
 help:
 	@echo "make demo       the whole way on the embedded tiny backbone, into runs/demo"
 	@echo "make test       the test suite"
 	@echo "make test-slow  long checks"
+	@echo "make models     docs/models.md, from a run over all model families"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time and memory by insert layer against the stock model, into runs/bench"
 	@echo "make bench-full the same with large batches, in the better part of an hour, into runs/bench-full"
@@ -26,6 +27,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
+
+models: $(VENV)/installed-dev
+	$(PYTEST) tests/backbones/test_models.py --models-page docs/models.md
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -1,108 +1,257 @@
-"""A key-value cache layer that holds fewer keys than the sequence has positions.
+"""Key-value cache layers that hold fewer keys than the sequence has positions.
 
-Layers below the insert layer store no key or value of a multimodal token, while `generate()` and the
-mask code of `transformers` go on asking for the logical length. The layer answers with the logical length
-and remembers which position of the full sequence each of its keys has.
+Layers below the insert layer store no key or value of a multimodal token, while `generate()` and the mask
+code of `transformers` go on asking for the logical length. A layer that has skipped tokens stays an object of
+the stock cache; its class becomes a subclass that answers with the logical length and remembers which
+position of the full sequence each key has. `LayerKeys` is the mechanism's view of one layer in one call.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import cache as memoised
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    Fp8QuantizedLayer,
+    HQQQuantizedLayer,
+    LinearAttentionLayer,
+    QuantoQuantizedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from .static_cache import lay_out, returned_columns
+
+QUANTISED = (QuantoQuantizedLayer, HQQQuantizedLayer, Fp8QuantizedLayer)
+KEYLESS = (LinearAttentionLayer, DummyLayer)
+"""Layers that hold a state and no keys, or nothing at all: there is nothing to shorten."""
 
 
 class UnsupportedCacheError(TypeError):
-    """The cache in use cannot hold layers of different lengths yet."""
+    """The cache in use cannot hold layers of different lengths."""
 
 
-class ShortLayer(DynamicLayer):
-    """A `DynamicLayer` some of whose positions were skipped.
+@dataclass(frozen=True)
+class KeyMap:
+    """`columns` (B, K0) gives the position of a layer's first K0 keys in the full sequence, -1 for a dummy.
 
-    `columns` (B, K0) gives the position of the first K0 keys in the full sequence, -1 for a dummy. Keys
-    appended later are text for every row, so key k has position k + `skipped`.
+    Keys that come later are text for every row: key k has position k + `skipped`. Layers of one stage share
+    one map; so that they go on sharing it when beams are reordered, a map remembers its last selection.
     """
 
     columns: Tensor
     skipped: int
     ragged: bool
+    last: dict[str, tuple[Tensor, KeyMap]] = field(default_factory=dict, repr=False, compare=False)
 
-    def get_seq_length(self) -> int:
-        physical = super().get_seq_length()
-        return physical + self.skipped if physical else 0
+    def select(self, indices: Tensor) -> KeyMap:
+        known = self.last.get("select")
+        if known is None or known[0] is not indices:
+            columns = self.columns[indices.to(self.columns.device)]
+            self.last["select"] = known = (indices, KeyMap(columns, self.skipped, self.ragged))
+        return known[1]
 
-    @property
-    def physical_length(self) -> int:
-        """Keys in memory for each row, dummies included."""
-        return DynamicLayer.get_seq_length(self)
+    def repeat(self, repeats: int) -> KeyMap:
+        return KeyMap(self.columns.repeat_interleave(repeats, dim=0), self.skipped, self.ragged)
 
-    def key_columns(self, new: int = 0) -> Tensor:
-        """(B, K) position of every key held, and of `new` text keys to come; -1 for a dummy."""
+    def positions(self, total: int) -> Tensor:
+        """(B, `total`) position of each of the first `total` keys."""
         known = self.columns.shape[1]
-        tail = torch.arange(known, self.physical_length + new, device=self.columns.device) + self.skipped
+        tail = torch.arange(known, total, device=self.columns.device) + self.skipped
         return torch.cat([self.columns, tail.expand(self.columns.shape[0], -1)], dim=1)
 
-    def reset(self) -> None:
-        super().reset()
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove >= 0 or not self.is_initialized:
-            super().crop(tokens_to_remove)
-            return
-        length = self.get_seq_length() + tokens_to_remove
-        columns = self.key_columns()
-        # Rows may hold different numbers of the removed positions: what one row must keep, the others blank.
-        removed = int((columns >= length).sum(dim=1).min())
-        super().crop(-removed)
-        columns = columns[:, : columns.shape[1] - removed]
-        self.columns = columns.masked_fill(columns >= length, -1)
-        self.ragged = bool((self.columns < 0).any())
-        self.skipped = length - columns.shape[1]
+@memoised
+def _short_kind(kind: Any) -> type:
+    """`kind`, a growing cache layer, as one that has skipped tokens: `keymap` says where its keys are."""
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
+    class Short(kind):
+        _layer_type = None
+        keymap: KeyMap
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.columns = self.columns.repeat_interleave(repeats, dim=0)
+        def get_seq_length(self) -> int:
+            length = super().get_seq_length()
+            if hasattr(self, "cumulative_length"):
+                return length  # Kept by `become_short`; only a plain layer derives it from its keys.
+            return length + self.keymap.skipped if length else 0
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.columns = self.columns[indices, ...]
+        def reset(self) -> None:
+            super().reset()
+            del self.keymap
+            self.__class__ = kind
+
+        def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.keymap = self.keymap.select(beam_idx)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self.keymap = self.keymap.repeat(repeats)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self.keymap = self.keymap.select(indices)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            length = self.get_seq_length() + min(tokens_to_remove, 0)
+            columns = self.keymap.positions(stored_keys(self))
+            # Rows may hold different numbers of removed positions: what one row must keep, the others blank.
+            removed = int((columns >= length).sum(dim=1).min()) if tokens_to_remove < 0 else 0
+            super().crop(-removed if tokens_to_remove < 0 else tokens_to_remove)
+            columns = columns[:, : columns.shape[1] - removed]
+            columns = columns.masked_fill(columns >= length, -1)
+            ragged = bool((columns < 0).any())
+            become_short(self, KeyMap(columns, length - columns.shape[1], ragged), length)
+
+    Short.__name__ = Short.__qualname__ = f"Short{kind.__name__}"
+    return Short
 
 
-def short_layer(cache: Cache | None, layer_idx: int) -> ShortLayer | None:
-    """The cache's layer where it already holds fewer keys than positions, else None."""
-    if cache is None or layer_idx >= len(cache.layers):
-        return None
-    layer = cache.layers[layer_idx]
-    return layer if isinstance(layer, ShortLayer) else None
+def is_short(layer: Any) -> bool:
+    """Whether a cache layer has skipped tokens."""
+    return hasattr(layer, "keymap") or hasattr(layer, "holes")
+
+
+def become_short(layer: Any, keymap: KeyMap, total: int) -> None:
+    """Record that a growing layer's keys are at `keymap`, of `total` positions seen."""
+    if not hasattr(layer, "keymap"):
+        kind: Any = type(layer)
+        layer.__class__ = _short_kind(kind)
+    layer.keymap = keymap
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = total
+
+
+def stored_keys(layer: Any) -> int:
+    """Keys of each row that a growing layer's map or length speaks of, dummies included."""
+    return layer.get_seq_length() - (layer.keymap.skipped if is_short(layer) else 0)
 
 
 def holds_short_layers(cache: Cache | None) -> bool:
-    return cache is not None and any(isinstance(layer, ShortLayer) for layer in cache.layers)
+    """Whether some layer of the cache has skipped tokens."""
+    return cache is not None and any(is_short(layer) for layer in cache.layers)
 
 
-def check_can_skip(cache: Cache, layer_idx: int) -> None:
-    """Raise `UnsupportedCacheError` where layer `layer_idx` is not a plain growing one."""
-    exists = layer_idx < len(cache.layers)
-    kind: Any = type(cache.layers[layer_idx]) if exists else cache.layer_class_to_replicate
-    if kind not in (DynamicLayer, ShortLayer) or cache.offloading:
+def is_short_static(cache: Any, index: int) -> bool:
+    """Whether layer `index` of the cache is static and has skipped tokens."""
+    return isinstance(cache, Cache) and index < len(cache.layers) and hasattr(cache.layers[index], "holes")
+
+
+def is_empty(cache: Cache) -> bool:
+    """Whether nothing has been stored yet."""
+    layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, KEYLESS)]
+    return not any(layer.is_initialized for layer in layers)
+
+
+def check_can_continue(cache: Cache | None, index: int) -> None:
+    """Raise `UnsupportedCacheError` where recurrent layer `index` already holds a state.
+
+    A dummy on the left of a row would change it; before the first row there is nothing to change.
+    """
+    layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    if isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()):
         raise UnsupportedCacheError(
-            f"{getattr(kind, '__name__', kind)}{' (offloaded)' if cache.offloading else ''} cannot skip "
-            "multimodal tokens yet: use the default DynamicCache (full attention), pass use_cache=False, or "
-            "insert at layer 0"
+            f"layer {index} carries a recurrent state, which a batch cannot continue where its rows have "
+            "different numbers of text tokens, or none, beside multimodal ones: continue one row at a time, "
+            "with text, or insert at layer 0"
         )
 
 
-def shorten(cache: Cache, layer_idx: int, columns: Tensor, length: int, ragged: bool) -> None:
-    """Record that layer `layer_idx`, just updated, holds the positions `columns` (B, K) of `length` seen."""
-    layer: Any = cache.layers[layer_idx]
-    layer.__class__ = ShortLayer
-    layer.columns = columns
-    layer.skipped = length - columns.shape[1]
-    layer.ragged = ragged
+class LayerKeys:
+    """Decoder layer `index`'s place in the cache just before a call for `length` new positions."""
+
+    def __init__(self, cache: Cache | None, index: int, length: int) -> None:
+        self.cache, self.index, self.length = cache, index, length
+        exists = cache is not None and index < len(cache.layers)
+        self.layer: Any = cache.layers[index] if cache is not None and exists else None
+        if isinstance(self.layer, KEYLESS):
+            self.cache = self.layer = None
+        self.static = isinstance(self.layer, StaticLayer)
+        self.short = is_short(self.layer)
+        self.empty = self.layer is None or not self.layer.is_initialized
+        self.past = 0 if self.empty else int(self.layer.get_seq_length())
+        self.offset = 0 if self.layer is None else int(self.layer.get_mask_sizes(length)[1])
+        """Position of the first key that the stock mask has a column for."""
+
+    @property
+    def windowed(self) -> bool:
+        return isinstance(self.layer, DynamicSlidingWindowLayer | StaticSlidingWindowLayer)
+
+    @property
+    def identity(self) -> tuple:
+        """What the columns depend on beside the new rows: layers with the same identity share them."""
+        known = getattr(self.layer, "keymap", None) or getattr(self.layer, "holes", None)
+        held = self.layer.keys.shape[-2] if self.windowed and not self.empty else None
+        size = self.layer.max_cache_len if self.static else None
+        return id(known), held, self.past, self.offset, self.static, self.windowed, size
+
+    def columns(self, new: Tensor) -> Tensor:
+        """(B, K) positions of the keys that the layer's attention will see, `new` (B, R) the last of them
+        where the layer grows; -1 for dummies and for slots that hold nothing."""
+        if self.static:
+            return returned_columns(self.layer, new, self.past)
+        if self.empty:
+            return new
+        if self.short:
+            held = self.layer.keymap.positions(stored_keys(self.layer))
+        else:
+            held = torch.arange(self.past, device=new.device).expand(new.shape[0], -1)
+        if self.windowed:
+            kept = self.layer.keys.shape[-2]
+            if self.layer.record_past:
+                kept = min(kept, self.layer.sliding_window - 1)
+            held = held[:, held.shape[1] - kept :]
+        return torch.cat([held, new], dim=1)
+
+    def own(self, rows: int, columns: int) -> int:
+        """Among `columns` columns, the one of the first of `rows` new rows."""
+        written = self.static and columns == self.layer.max_cache_len and self.past + rows <= columns
+        return self.past if written else columns - rows
+
+    @property
+    def holes(self) -> bool:
+        """Whether some key held is nobody's, or outside the window that the stock mask speaks of."""
+        if self.static:
+            return True
+        return self.short and (self.layer.keymap.ragged or self.windowed)
+
+    def needs_mask(self, mask: Any) -> bool:
+        """Whether the layer needs another mask than `mask` for new rows that are all alive."""
+        return self.short and (mask is not None or self.holes or self.length > 1)
+
+    def check_can_skip(self) -> None:
+        """Raise `UnsupportedCacheError` where the layer is of a kind that cannot skip tokens."""
+        if self.cache is None:
+            return
+        kind: Any = type(self.layer) if self.layer is not None else self.cache.layer_class_to_replicate
+        if self.short or kind in (DynamicLayer, DynamicSlidingWindowLayer, *QUANTISED):
+            return
+        if kind in (StaticLayer, StaticSlidingWindowLayer):
+            return
+        raise UnsupportedCacheError(
+            f"{getattr(kind, '__name__', kind)} cannot skip multimodal tokens: use the default DynamicCache, "
+            "pass use_cache=False, or insert at layer 0"
+        )
+
+    def record(self, columns: Tensor, rows: int, ragged: bool) -> None:
+        """After the call, which was given `rows` of the `length` rows: the keys are at `columns`."""
+        if self.cache is None or self.index >= len(self.cache.layers):
+            return
+        layer: Any = self.cache.layers[self.index]
+        if isinstance(layer, KEYLESS):
+            return
+        total = self.past + self.length
+        if self.static:
+            lay_out(layer, columns, self.past, rows, self.length)
+            return
+        stored = stored_keys(layer)
+        if stored == self.past - (layer.keymap.skipped if self.short else 0):
+            return  # This call stored nothing: the layer reads another layer's keys.
+        become_short(layer, KeyMap(columns, total - columns.shape[1], ragged), total)

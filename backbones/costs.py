@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .encoder_costs import EncoderCost, encoder_cost_of, measure_encoder
-from .families import base_model_of, find_stack
+from .families import UnsupportedModelError, base_model_of, find_stack, is_encoder_decoder
 from .module_costs import RowCost, key_value_width, row_cost
 
 
@@ -65,6 +65,10 @@ class CostModel:
         """
         stack = find_stack(model)
         base = base_model_of(model)
+        if is_encoder_decoder(base):
+            raise UnsupportedModelError(
+                f"{type(base).__name__}: costs of encoder-decoders are not counted yet"
+            )
         head = base.get_output_embeddings()
         return cls(
             layers=tuple(row_cost(layer) for layer in stack.layers),

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import ShortLayer
+from .cache import LayerKeys
 from .families import UnsupportedModelError
-from .masks import select_mask
+from .masks import Columns, row_mask, select_mask
 from .rows import Rows
 
 _ROW_DIMENSION = {
     "position_embeddings": -2,
+    "per_layer_input": -2,
     "position_ids": -1,
     "token_type_ids": -1,
     "mm_token_type_ids": -1,
+    "moe_mm_token_type_ids": -1,
 }
 """Where the rows are in what a stack hands each layer."""
 
@@ -47,28 +49,39 @@ class Forward:
     """One forward of the stack in which some layer sees fewer rows than there are.
 
     `stages` maps each insert layer of the batch, and 0, to the rows alive from there on; None means all.
+    `causal` says what a mask of None means: in an encoder every row sees every other. `between` says that
+    the stack itself adds to the hidden states between layers (DeepStack): it is then given them at full
+    length after each layer, and what it adds to a waiting row stays on it.
     """
 
     length: int
     stages: dict[int, Rows | None]
     flash: bool
+    causal: bool = True
+    between: bool = False
+    plan: Callable[[Tensor], dict[int, Rows | None]] | None = None
+    """Makes the stages from the input of layer 0, where the stack embeds the ids itself."""
     entered: Tensor | None = None
-    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet."""
+    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet; (A, B, S, D) where a model
+    carries A streams."""
     rows: Rows | None = None
     """The rows that the hidden states now hold."""
     memo: dict[tuple, tuple] = field(default_factory=dict)
 
     def enter(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Hidden states (B, R, D) for layer `layer_idx` from what the layer before it returned."""
-        if layer_idx == 0:
+        if layer_idx == 0 and self.plan is not None:
+            self.stages = self.plan(hidden)
+        if layer_idx == 0 or self.between:
             self.entered = hidden
-        if layer_idx not in self.stages:
+        elif layer_idx in self.stages:
+            hidden = self.put_back(hidden)
+        elif self.rows is not None:
             return hidden
-        full = self.leave(hidden)
-        self.rows = self.stages[layer_idx]
-        return full if self.rows is None else self.rows.take(full, 1)
+        self.rows = self.stages.get(layer_idx, self.rows)
+        return hidden if self.rows is None else self.rows.take(hidden, -2)
 
-    def leave(self, hidden: Tensor) -> Tensor:
+    def put_back(self, hidden: Tensor) -> Tensor:
         """(B, S, D): hidden states at full length again."""
         assert self.entered is not None
         return hidden if self.rows is None else self.rows.put(hidden.to(self.entered.device), self.entered)
@@ -79,7 +92,8 @@ class Forward:
         for index, state in enumerate(states):
             below = [layer for layer in self.stages if layer <= max(index - 1, 0)]
             rows = self.stages[max(below)] if below else None
-            if state is None or rows is None or self.entered is None or index == last:
+            short = state is not None and rows is not None and state.shape[-2] < self.length
+            if state is None or rows is None or not short or self.entered is None or index == last:
                 yield state
             else:
                 yield rows.put(state, self.entered)
@@ -90,40 +104,37 @@ class Forward:
             self.memo[key] = (kept, make())
         return self.memo[key][1]
 
-    def columns(self, short: ShortLayer | None, past: int, hidden: Tensor) -> tuple[Tensor, bool]:
-        """(B, K) positions of the keys that a layer will hold, -1 for dummies, and whether there are any.
+    def columns(self, keys: LayerKeys, hidden: Tensor) -> Columns:
+        """The keys that a layer's attention will see, made once for layers whose caches hold the same."""
+        rows, length, past = self.rows, self.length, keys.past
 
-        `short` is the layer's cache where keys were skipped before, `past` the positions seen before.
-        """
-        rows = self.rows
-
-        def make() -> Tensor:
-            batch, device = hidden.shape[0], hidden.device
-            if short is not None:
-                held = short.key_columns()
-            else:
-                held = torch.arange(past, device=device).expand(batch, -1)
+        def make() -> Columns:
             if rows is None:
-                new = torch.arange(past, past + self.length, device=device).expand(batch, -1)
+                new = torch.arange(past, past + length, device=hidden.device)
+                new = new.expand(hidden.shape[-3], -1)
             else:
                 new = (past + rows.index).masked_fill(~rows.valid, -1) if rows.ragged else past + rows.index
-            return torch.cat([held, new], dim=1)
+            position = keys.columns(new)
+            own = keys.own(new.shape[1], position.shape[1])
+            holes = keys.holes or (rows is not None and rows.ragged)
+            return Columns(position, own, keys.offset, holes)
 
-        known = None if short is None else short.columns
-        held_length = None if short is None else short.physical_length
-        columns = self.once(("columns", id(rows), id(known), held_length, past), (rows, known), make)
-        return columns, (rows is not None and rows.ragged) or (short is not None and short.ragged)
+        return self.once(("columns", id(rows), *keys.identity), (rows, keys.layer), make)
 
-    def select(self, arguments: dict[str, Any], columns: Tensor, holes: bool) -> dict[str, Any]:
+    def select(self, arguments: dict[str, Any], columns: Columns, recurrent: bool) -> dict[str, Any]:
         """A layer's arguments for the alive rows, each selection made once for a run of layers.
 
-        Raises `UnsupportedModelError` for a tensor whose rows cannot be told.
+        A `recurrent` layer's mask speaks of its rows alone. Raises `UnsupportedModelError` for a tensor whose
+        rows cannot be told.
         """
         rows = self.rows
         chosen = dict(arguments)
         for name, value in arguments.items():
-            if name == "attention_mask":
-                make = partial(select_mask, value, rows, self.length, columns, holes, self.flash)
+            if name == "attention_mask" and recurrent:
+                make = partial(row_mask, value, rows)
+                chosen[name] = self.once(("rows", id(value), id(rows)), (value, rows), make)
+            elif name == "attention_mask":
+                make = partial(select_mask, value, rows, self.length, columns, self.flash, self.causal)
                 chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
                 continue

@@ -47,12 +47,12 @@ class Rows:
         return gather_rows(tensor, self.reading, dim - 1, dim)
 
     def put(self, hidden: Tensor, full: Tensor) -> Tensor:
-        """`full` (B, S, D) with the alive rows replaced by `hidden` (B, R, D)."""
+        """`full` (..., B, S, D) with the alive rows replaced by `hidden` (..., B, R, D)."""
         index = self.index[:, :, None].expand_as(hidden)
         if not self.ragged:
-            return full.scatter(1, index, hidden)
-        spare = full.new_zeros(full.shape[0], 1, full.shape[2])
-        return torch.cat([full, spare], dim=1).scatter(1, index, hidden)[:, : self.length]
+            return full.scatter(-2, index, hidden)
+        spare = full.new_zeros(*full.shape[:-2], 1, full.shape[-1])
+        return torch.cat([full, spare], dim=-2).scatter(-2, index, hidden)[..., : self.length, :]
 
 
 def rows_of(alive: Tensor) -> Rows:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from families import FAMILIES, Family
+from models_page import page
+from zoo import FAMILIES, Family
 
 from backbones import deep_insert, set_insert_layer
 
+DEEPLY = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_audio"]
+"""Families that are tried in every shape of use."""
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
+
+@pytest.fixture(scope="session", params=DEEPLY)
 def family(request) -> Family:
     return FAMILIES[request.param]
 
@@ -35,3 +40,29 @@ def inserted(inserted_once):
     """The family's model with an insert layer of 0; what a test sets does not outlive it."""
     yield inserted_once
     set_insert_layer(inserted_once, 0)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--models-page", type=Path, help="write what the run of test_models.py found to this file"
+    )
+
+
+OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if item.path.name != "test_models.py" or not hasattr(item, "callspec"):
+        return
+    subject = item.callspec.params.get("family", item.callspec.params.get("name"))
+    test = item.originalname.removeprefix("test_")
+    if report.outcome == "failed" or OUTCOMES[subject].get(test) is None:
+        OUTCOMES[subject][test] = report.outcome
+
+
+def pytest_sessionfinish(session):
+    target = session.config.getoption("--models-page", None)
+    if target is not None:
+        target.write_text(page(OUTCOMES))

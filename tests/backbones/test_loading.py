@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, TEXT, logits_of
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from zoo import FAMILIES, TEXT, logits_of
 
 from backbones import load_backbone
 from backbones.loading import TINY

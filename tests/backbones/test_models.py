@@ -47,10 +47,10 @@ def layers_of(stock):
     return find_stack(stock).layers
 
 
-def depths_of(stock, count):
+def depths_of(family, count):
     """A different insert layer for each of `count` rows, shallow and deep ones mixed."""
-    total = len(layers_of(stock))
-    return [(2, total, 1, total - 1)[row % 4] for row in range(count)]
+    deepest = family.deepest
+    return [(2, deepest, 1, deepest - 1)[row % 4] for row in range(count)]
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -65,7 +65,7 @@ def test_reference(family, stock, inserted, padding):
     plain = family.model(attention="eager")
     inputs = family.batch(stock, padding=padding)
     changed = 0.0
-    for layer in range(len(layers_of(stock)) + 1):
+    for layer in range(family.deepest + 1):
         with insert_at(inserted, layer):
             got = logits_of(inserted, inputs)
         for row in range(len(family.rows)):
@@ -82,7 +82,7 @@ def test_reference(family, stock, inserted, padding):
 
 def test_one_layer_per_row(family, stock, inserted):
     inputs = family.batch(stock)
-    depths = depths_of(stock, len(family.rows))
+    depths = depths_of(family, len(family.rows))
     with insert_at(inserted, depths):
         mixed = logits_of(inserted, inputs)
     for row, depth in enumerate(depths):
@@ -95,25 +95,36 @@ def test_one_layer_per_row(family, stock, inserted):
 @pytest.mark.parametrize("per_row", [False, True], ids=["one layer", "layer per row"])
 def test_generation(family, stock, inserted, per_row):
     """With the cache and without it, the same tokens."""
-    inputs = family.batch(stock)
-    depths = depths_of(stock, len(family.rows))
+    depths = depths_of(family, len(family.rows))
+    cases = [(family.batch(stock), depths if per_row else depths[0])]
+    if family.generates_alone:
+        cases = [(family.batch(stock, only=row), depth) for row, depth in enumerate(depths)]
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    with insert_at(inserted, depths if per_row else depths[0]), torch.no_grad():
-        tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*tokens)
+    for inputs, depth in cases:
+        with insert_at(inserted, depth), torch.no_grad():
+            tokens = [inserted.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
+        assert torch.equal(*tokens)
 
 
 def test_short_cache(family, stock, inserted):
     """Layers below the insert layer hold no key of a multimodal token."""
     inputs = family.batch(stock, only=0)
-    depth = len(layers_of(stock)) - 1
+    depth = min(family.deepest, len(layers_of(stock)) - 1)
     with insert_at(inserted, depth), torch.no_grad():
-        cache = inserted(**inputs, use_cache=True).past_key_values
+        output = inserted(**inputs, use_cache=True)
+    cache = getattr(output, "language_model_outputs", output).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
-    held = [layer.keys.shape[-2] for layer in cache.layers]
-    assert held == [text] * depth + [total]
-    assert [layer.get_seq_length() for layer in cache.layers] == [total] * (depth + 1)
+    # A recurrent layer holds no keys, a sliding one those of its window.
+    attending = {
+        index: layer for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None
+    }
+    assert attending
+    for index, layer in attending.items():
+        # A sliding window holds what the next position can see of it.
+        most = getattr(layer, "sliding_window", total + 1) - 1
+        assert layer.keys.shape[-2] == min(most, text if index < depth else total)
+        assert layer.get_seq_length() == total
 
 
 def test_gradients(family, stock):
@@ -138,7 +149,7 @@ def test_gradients(family, stock):
 
 def test_checkpoint(family, stock, tmp_path):
     """Saved and loaded by stock code: no key missing, none too many; the same logits and insert layer."""
-    model = deep_insert(copy.deepcopy(stock), 3)
+    model = deep_insert(copy.deepcopy(stock), min(3, family.deepest))
     model.save_pretrained(tmp_path)
     loaded, report = type(stock).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -147,9 +158,14 @@ def test_checkpoint(family, stock, tmp_path):
 
 
 def test_removal(family, stock):
-    model = remove_deep_insert(deep_insert(copy.deepcopy(stock), 3))
+    model = remove_deep_insert(deep_insert(copy.deepcopy(stock), min(3, family.deepest)))
     inputs = family.batch(stock)
     assert torch.equal(logits_of(model, inputs), logits_of(stock, inputs))
+
+
+def test_deepest_layer(family, inserted):
+    with pytest.raises(ValueError, match=f"to {family.deepest}, "), insert_at(inserted, family.deepest + 1):
+        pass
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

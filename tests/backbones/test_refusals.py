@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, TEXT, VISION, logits_of
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -12,10 +11,10 @@ from transformers import (
     LlamaForCausalLM,
     MllamaConfig,
     MllamaForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    StaticCache,
 )
+from transformers.cache_utils import Cache, DynamicIndexedLayer
+from zoo import FAMILIES, LAYERS, TEXT, logits_of
+from zoo.liquid_like import lfm2_vl
 
 from backbones import UnsupportedModelError, deep_insert, insert_at, set_insert_layer
 from backbones.cache import UnsupportedCacheError
@@ -108,29 +107,45 @@ def test_cross_attention():
         deep_insert(model, 1)
 
 
-def test_deepstack():
-    text = {
-        **TEXT,
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "deepstack_visual_indexes": [0],
-    }
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
-    with pytest.raises(UnsupportedModelError, match="DeepStack"):
-        deep_insert(model, 1)
+def test_convolutions_with_a_bias():
+    """A row alone and the same row beside a longer one would differ, as a dummy would not be zero."""
+    with pytest.raises(UnsupportedModelError, match="short convolutions with a bias"):
+        deep_insert(lfm2_vl(conv_bias=True), 1)
 
 
-@pytest.mark.parametrize("rows", [[(2, 0, 1)], [(2, 0, 1), (3,)]], ids=["one row", "ragged"])
-def test_a_cache_that_cannot_skip(llava, rows):
-    inputs = FAMILIES["llava"].batch(llava, rows)
-    cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=32)
-    with pytest.raises(UnsupportedCacheError, match="DynamicCache"), insert_at(llava, 2), torch.no_grad():
-        llava(**inputs, past_key_values=cache)
-    assert VISION["image_size"] == 16 and logits_of(llava, inputs).isfinite().all()
+def test_a_cache_that_cannot_skip(llava):
+    """A kind of cache layer that nothing is known of, such as an indexer's."""
+    inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
+    cache = Cache(layers=[DynamicIndexedLayer() for _ in range(LAYERS)])
+    with pytest.raises(UnsupportedCacheError, match="DynamicIndexedLayer"), insert_at(llava, 2):
+        logits_of(llava, inputs, past_key_values=cache)
+    assert logits_of(llava, inputs).isfinite().all()
+
+
+def test_a_layer_called_by_itself(llava):
+    """Outside of its stack nothing says which rows wait: it must not run as the stock layer in silence."""
+    layer = llava.get_decoder().layers[0]
+    with pytest.raises(UnsupportedModelError, match="outside of its stack"), insert_at(llava, 2):
+        layer(torch.zeros(1, 3, 32), position_embeddings=(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
+def test_router_logits():
+    family = FAMILIES["qwen3_vl_moe"]
+    model = deep_insert(family.model(), 0)
+    inputs = family.batch(model)
+    assert model(**inputs, output_router_logits=True).aux_loss.isfinite()
+    with insert_at(model, 2), pytest.raises(ValueError, match="output_router_logits needs insert layer 0"):
+        model(**inputs, output_router_logits=True)
+
+
+def test_a_prompt_whose_rows_the_attention_numbers():
+    """Llama 4 scales queries from row `floor_scale` on; in a short layer a row has another number."""
+    family = FAMILIES["llama4"]
+    model = family.model()
+    inputs = family.batch(model, only=0)
+    model.get_decoder().model.config.floor_scale = inputs["input_ids"].shape[1]
+    deep_insert(model, 2)
+    with pytest.raises(UnsupportedModelError, match="insert at layer 0"):
+        logits_of(model, inputs)
+    with insert_at(model, 0):
+        logits_of(model, inputs)

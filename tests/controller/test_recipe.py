@@ -14,7 +14,7 @@ from controller.recipe import encoders, make_trainable, parameter_groups, projec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 
-from families import FAMILIES
+from zoo import FAMILIES
 
 # Where a family's parts are; all the rest of its weights belong to the text model or the head.
 PARTS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 LAYERS = 4
 PAD = 0
@@ -83,8 +83,14 @@ class Family:
     """Factor on the initial matrices: large, so that a wrong row shows in the logits."""
     rows: tuple[Row, ...] = ((3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 6))
     """A ragged batch with one, no and two images; another where the family cannot have that one."""
+    deepest: int = LAYERS
+    """The deepest insert layer that is allowed."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Promises that the stock model itself does not keep, with the reason; see `test_models.py`."""
+    pads_right: str = ""
+    """Why rows are padded on the right only: what the stock model gets wrong with padding on the left."""
+    generates_alone: str = ""
+    """Why rows generate one by one: what the stock model gets wrong in a padded batch."""
     remark: str = ""
     """What insertion means in this family, where that is not obvious; goes to `docs/models.md`."""
 
@@ -98,9 +104,11 @@ class Family:
                 if weight.ndim >= 2:
                     weight.mul_(self.scale)
         # Random weights may say the end token or a placeholder; generation tests want words, all of them.
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = None
-            model.generation_config.suppress_tokens = list(range(WORDS.start))
+        # A language model inside may be the one that generates.
+        for part in model.modules():
+            if isinstance(getattr(part, "generation_config", None), GenerationConfig):
+                part.generation_config.eos_token_id = None
+                part.generation_config.suppress_tokens = list(range(WORDS.start))
         return model
 
     def batch(
@@ -114,6 +122,7 @@ class Family:
     ) -> dict[str, Tensor]:
         """Model inputs for `rows`; with `only`, for that row alone, the same words and images unpadded."""
         rows = self.rows if rows is None else rows
+        padding = "right" if self.pads_right else padding
         chosen = range(len(rows)) if only is None else [only]
         seeds = [
             [1000 * seed + 100 * row + place for place, part in enumerate(rows[row]) if part == 0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from transformers import (
     LlavaConfig,
@@ -11,18 +14,34 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 
+CLIP = {"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
+SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **VISION}
 
-def _llava() -> PreTrainedModel:
+
+def _llava(**text: Any) -> PreTrainedModel:
     return LlavaForConditionalGeneration(
         LlavaConfig(
-            text_config={"model_type": "llama", **TEXT},
-            vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+            text_config={"model_type": "llama", **TEXT, **text},
+            vision_config=CLIP,
             image_token_id=PLACEHOLDER,
             image_seq_length=4,
+        )
+    )
+
+
+def _vipllava() -> PreTrainedModel:
+    return VipLlavaForConditionalGeneration(
+        VipLlavaConfig(
+            text_config={"model_type": "llama", **TEXT},
+            vision_config=CLIP,
+            vision_feature_layer=[-1, -2],
+            image_token_id=PLACEHOLDER,
         )
     )
 
@@ -31,21 +50,21 @@ def _llava_next() -> PreTrainedModel:
     return LlavaNextForConditionalGeneration(
         LlavaNextConfig(
             text_config={"model_type": "mistral", "sliding_window": None, **TEXT},
-            vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+            vision_config=CLIP,
             image_token_id=PLACEHOLDER,
             image_grid_pinpoints=[[16, 32], [32, 16]],
         )
     )
 
 
-def _llava_onevision() -> PreTrainedModel:
+def llava_onevision() -> PreTrainedModel:
     return LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
             text_config={"model_type": "qwen2", **TEXT},
-            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
+            vision_config=SIGLIP,
             image_token_id=PLACEHOLDER,
             video_token_id=PLACEHOLDER + 1,
-            image_grid_pinpoints=[[16, 16], [16, 32]],
+            image_grid_pinpoints=[[16, 16], [16, 32], [32, 16]],
         )
     )
 
@@ -56,17 +75,21 @@ def square_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     return Media({"pixel_values": torch.stack(images)}, [[PLACEHOLDER] * 4 for _ in images])
 
 
-def _tiled_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Images of 16 x 32 pixels: the whole and two tiles, with a newline feature after each row of patches."""
+def tiled_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
+    """Images of 16 x 32 or 32 x 16 pixels: the whole and two tiles, each row of patches with a newline."""
     images = [noise(seed, 3, 3, 16, 16) for seed in flat(seeds)]
-    sizes = torch.tensor([[16, 32]] * len(images))
+    wide = [seed % 2 == 1 for seed in flat(seeds)]
+    sizes = torch.tensor([[16, 32] if it else [32, 16] for it in wide])
     return Media(
-        {"pixel_values": torch.stack(images), "image_sizes": sizes}, [[PLACEHOLDER] * 14 for _ in images]
+        {"pixel_values": torch.stack(images), "image_sizes": sizes},
+        [[PLACEHOLDER] * (4 + (2 * 5 if it else 4 * 3)) for it in wide],
     )
 
 
 FAMILIES = [
     Family("llava", _llava, square_images),
-    Family("llava_next", _llava_next, _tiled_images),
-    Family("llava_onevision", _llava_onevision, _tiled_images),
+    Family("llava-mistral", partial(_llava, model_type="mistral", sliding_window=6), square_images),
+    Family("vipllava", _vipllava, square_images),
+    Family("llava_next", _llava_next, tiled_images),
+    Family("llava_onevision", llava_onevision, tiled_images),
 ]

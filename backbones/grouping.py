@@ -1,0 +1,174 @@
+"""One call of the decoder stack for each insert layer of a batch.
+
+With one insert layer per row, the row that goes least deep would set how many rows every layer computes. The
+prefill is therefore divided: rows of one insert layer are called together, and the caches they leave are
+joined to one, left-padded, in the order of the batch. Decoding then runs the whole batch at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from .cache import KEYLESS, KeyMap, become_short, is_empty, is_short, stored_keys
+
+_BATCH_DIMENSION = {
+    "input_ids": 0,
+    "inputs_embeds": 0,
+    "attention_mask": 0,
+    "position_ids": -2,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
+    "visual_pos_masks": 0,
+    "per_layer_inputs": 0,
+}
+"""Where the batch is in what a model hands its stack."""
+
+_SHARED = frozenset({"past_key_values", "cache_position"})
+"""What all groups are given as it is; the cache, a copy each."""
+
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+Run = Callable[[Sequence[int], Tensor, dict[str, Any]], Any]
+
+
+def can_group(stack: Any, layers: Sequence[int], call: dict[str, Any]) -> bool:
+    """Whether a call of `stack` can be divided by rows: several insert layers, an empty cache or none,
+    nothing recorded on the way, and no argument whose rows are unknown."""
+    past = call.get("past_key_values")
+    if len(set(layers)) == 1 or any(call.get(name, getattr(stack.config, name, False)) for name in _RECORDED):
+        return False
+    if past is not None and not (is_empty(past) and _can_join(past)):
+        return False
+    return all(
+        name in _BATCH_DIMENSION or name in _SHARED or name == "deepstack_visual_embeds"
+        for name, value in call.items()
+        if _holds_tensor(value)
+    )
+
+
+def _can_join(cache: Cache) -> bool:
+    kinds: set[Any] = {type(layer) for layer in cache.layers} | {cache.layer_class_to_replicate}
+    return not cache.offloading and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, *KEYLESS, None}
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Tensor | Cache) or (
+        isinstance(value, list | tuple) and any(map(_holds_tensor, value))
+    )
+
+
+def in_groups(run: Run, layers: Sequence[int], multimodal: Tensor, call: dict[str, Any]) -> Any:
+    """`run(layers, multimodal, call)` for each distinct layer of `layers` (B,), and what the stack returns,
+    with all rows in their order."""
+    groups = [[row for row, own in enumerate(layers) if own == layer] for layer in sorted(set(layers))]
+    cache = call.get("past_key_values")
+    outputs = []
+    caches: list[Any] = []
+    for rows in groups:
+        index = torch.tensor(rows, device=multimodal.device)
+        own = {name: _rows_of(name, value, index, len(layers), call) for name, value in call.items()}
+        if cache is not None:
+            own["past_key_values"] = copy.deepcopy(cache)
+        outputs.append(run([layers[rows[0]]] * len(rows), multimodal[index], own))
+        left = getattr(outputs[-1], "past_key_values", None)
+        caches.append(left if cache is None else own["past_key_values"])
+    order = torch.argsort(torch.tensor([row for rows in groups for row in rows]))
+    whole = outputs[0]
+    states = torch.cat([output.last_hidden_state for output in outputs])
+    whole.last_hidden_state = states[order.to(states.device)]
+    if caches[0] is not None:
+        whole.past_key_values = join_caches(caches[0] if cache is None else cache, caches, order)
+    return whole
+
+
+def _rows_of(name: str, value: Any, rows: Tensor, batch: int, call: dict[str, Any]) -> Any:
+    """The rows of one argument of the stack; a batch dimension of size 1 serves every row."""
+    if name == "deepstack_visual_embeds" and value is not None:
+        counts = call["visual_pos_masks"].sum(dim=-1)
+        owner = torch.repeat_interleave(torch.arange(batch, device=rows.device), counts.to(rows.device))
+        own = torch.isin(owner, rows)
+        return [features[own.to(features.device)] for features in value]
+    if name not in _BATCH_DIMENSION or value is None:
+        return value
+    if isinstance(value, dict):
+        return {kind: _rows_of(name, mask, rows, batch, call) for kind, mask in value.items()}
+    dim = _BATCH_DIMENSION[name]
+    return value if value.shape[dim] == 1 else value.index_select(dim, rows.to(value.device))
+
+
+def join_caches(cache: Cache, caches: Sequence[Cache], order: Tensor) -> Cache:
+    """The caches of groups of rows as one, in `cache`; `order` sorts the groups' rows into the batch's."""
+    while len(cache.layers) < len(caches[0].layers):
+        cache.layers.append(copy.copy(caches[0].layers[len(cache.layers)]))
+    maps: dict[tuple, KeyMap] = {}
+    for index, layer in enumerate(cache.layers):
+        parts: list[Any] = [part.layers[index] for part in caches]
+        if isinstance(layer, LinearAttentionLayer):
+            _join_states(layer, parts, order)
+        elif not isinstance(layer, KEYLESS) and parts[0].is_initialized:
+            _join_keys(layer, parts, order, maps)
+    return cache
+
+
+def _join_keys(layer: Any, parts: Sequence[Any], order: Tensor, maps: dict[tuple, KeyMap]) -> None:
+    """Keys and values of all parts, the shorter ones padded with dummies on the left."""
+    most = max(part.keys.shape[-2] for part in parts)
+    total = parts[0].get_seq_length()
+    order = order.to(parts[0].keys.device)
+    keys = torch.cat([_left_padded(part.keys, most) for part in parts])[order]
+    values = torch.cat([_left_padded(part.values, most) for part in parts])[order]
+    keymap = None
+    if any(is_short(part) for part in parts):
+        key = (most, total, *(id(getattr(part, "keymap", None)) for part in parts))
+        if key not in maps:
+            columns = torch.cat([_left_padded(_held(part)[:, None, :, None], most, -1) for part in parts])
+            columns = columns[order][:, 0, :, 0]
+            maps[key] = KeyMap(columns, total - most, bool((columns < 0).any()))
+        keymap = maps[key]
+    # `layer` may be one of the parts: nothing is changed before all is read.
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if keymap is not None:
+        become_short(layer, keymap, total)
+    elif hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = total
+
+
+def _held(part: Any) -> Tensor:
+    """(B, K) positions of the keys that a group's layer holds."""
+    count, batch = part.keys.shape[-2], part.keys.shape[0]
+    if is_short(part):
+        positions = part.keymap.positions(stored_keys(part))
+    else:
+        positions = torch.arange(part.get_seq_length(), device=part.keys.device).expand(batch, -1)
+    return positions[:, positions.shape[1] - count :]
+
+
+def _left_padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[-2], 0), value=value)
+
+
+def _join_states(layer: Any, parts: Sequence[Any], order: Tensor) -> None:
+    """The states of a recurrent layer, which have one size whatever was skipped."""
+    for name, started in (
+        ("conv_states", "is_conv_states_initialized"),
+        ("recurrent_states", "is_recurrent_states_initialized"),
+    ):
+        for place, begun in getattr(parts[0], started).items():
+            if begun:
+                states = torch.cat([getattr(part, name)[place] for part in parts])
+                getattr(layer, name)[place] = states[order.to(states.device)]
+                getattr(layer, started)[place] = True
+    layer.device, layer.dtype = parts[0].device, parts[0].dtype
+    layer.has_previous_state = dict(parts[0].has_previous_state)
+    layer.conv_kernel_size = dict(parts[0].conv_kernel_size)

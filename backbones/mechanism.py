@@ -1,0 +1,409 @@
+"""What `deep_insert` installs on a model: calls around its decoder stack and layers, hooks before them.
+
+The hooks see where features go; the stack's call plans which rows are alive in which layers; each layer's
+call is given those rows. Calls are replaced by giving a module a subclass of its class with the same name: a
+hook would run again when gradient checkpointing recomputes a layer, the outer `__call__` does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static
+from .families import (
+    UnsupportedModelError,
+    deepest_insert_layer,
+    farthest_position,
+    find_placeholder_owner,
+    is_encoder_decoder,
+    is_recurrent,
+    placeholder_methods,
+    placeholder_token_ids,
+)
+from .forward import Forward
+from .grouping import can_group, in_groups
+from .positions import POSITION_ARGUMENTS, Sightings, real_positions, told_positions
+from .rows import Rows, rows_of
+from .static_cache import hide_holes
+
+ATTRIBUTE = "_deepinsert"
+
+
+@dataclass(frozen=True)
+class Override:
+    """What `insert_at` asks for: insert layers, one or one a row, and which positions are multimodal."""
+
+    layers: tuple[int, ...]
+    multimodal: Tensor | None = None
+
+
+_OVERRIDES: ContextVar[dict[int, Override]] = ContextVar("deepinsert", default={})  # noqa: B039
+"""By the id of the insertion. Never changed in place, so that threads and tasks do not see each other's."""
+
+
+class _Progress(threading.local):
+    """What one thread's forward is doing; a copy of the model starts afresh."""
+
+    def __init__(self) -> None:
+        self.seen = Sightings()
+        self.forward: Forward | None = None
+        self.depth = 0
+        """How many calls of the stack are open."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Progress:
+        return _Progress()
+
+
+class _EmbeddingHook:
+    """Hook on the input embeddings. Where they alone are copied, as PEFT does (`modules_to_save`), the copy
+    reports to the same insertion; where the model is copied, to the model's own."""
+
+    def __init__(self, insertion: Insertion) -> None:
+        self.insertion = insertion
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.insertion.saw_embedding(module, args, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _EmbeddingHook:
+        whole = id(self.insertion.entrance) in memo or id(self.insertion.stack) in memo
+        return _EmbeddingHook(copy.deepcopy(self.insertion, memo) if whole else self.insertion)
+
+
+class Insertion:
+    """The mechanism on one model."""
+
+    def __init__(self, model: PreTrainedModel, stack: Any) -> None:
+        self.stack = stack
+        self.insert_layer = 0
+        self.num_layers = len(stack.layers)
+        self.deepest = deepest_insert_layer(stack)
+        self.farthest = farthest_position(stack)
+        self.stack_arguments = list(inspect.signature(stack.forward).parameters)
+        self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
+        self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
+        self.owner = find_placeholder_owner(model)
+        self.causal = not is_encoder_decoder(model)
+        self.embedding = model.get_input_embeddings()
+        self.entrance = model.base_model
+        self.placeholder_ids = sorted(placeholder_token_ids(model.config))
+        self.told = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
+        if self.owner is None and not self.placeholder_ids and not self.told:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} (model type {model.config.model_type!r}): no placeholder tokens for "
+                "images, video or audio were found, so no row of its decoder is known to hold a feature"
+            )
+        self.progress = _Progress()
+        self.compiled_seen = Sightings()
+        self.overrides = 0
+        """How many `insert_at` are open: what compiled code can know of them."""
+        self.handles: list[Any] = []
+
+    def check(self, layers: Sequence[int]) -> None:
+        wrong = [layer for layer in layers if not 0 <= layer <= self.deepest]
+        if wrong or not layers:
+            limit = (
+                "the number of decoder layers of this model"
+                if self.deepest == self.num_layers
+                else f"the first of its {self.num_layers} decoder layers whose keys later layers share"
+            )
+            raise ValueError(
+                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
+            )
+
+    def check_length(self, length: int) -> None:
+        if self.farthest is not None and length > self.farthest:
+            raise UnsupportedModelError(
+                f"a prompt of {length} positions: this model scales attention by the number of a row from "
+                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
+            )
+
+    def install(self) -> None:
+        setattr(self.stack, ATTRIBUTE, self)
+        kind: Any = type(self.stack)
+        self.stack.__class__ = _called_through(kind, "call_stack")
+        for index, layer in enumerate(self.stack.layers):
+            setattr(layer, ATTRIBUTE, (self, (index,)))
+            kind = type(layer)
+            layer.__class__ = _called_through(kind, "call_layer")
+        self.handles = [
+            self.embedding.register_forward_hook(_EmbeddingHook(self)),
+            self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
+            self.entrance.register_forward_hook(self.left, always_call=True),
+        ]
+        for name in placeholder_methods(self.owner):
+            # A partial of bound methods, unlike a closure, is copied right by copy.deepcopy.
+            setattr(self.owner, name, partial(self.saw_placeholders, getattr(self.owner, name)))
+
+    def uninstall(self) -> None:
+        for module in (self.stack, *self.stack.layers):
+            module.__class__ = type(module)._stock_class
+            delattr(module, ATTRIBUTE)
+        for handle in self.handles:
+            handle.remove()
+        for name in placeholder_methods(self.owner):
+            delattr(self.owner, name)
+
+    @contextmanager
+    def overridden(self, override: Override) -> Iterator[None]:
+        token = _OVERRIDES.set(_OVERRIDES.get() | {id(self): override})
+        self.overrides += 1
+        try:
+            yield
+        finally:
+            self.overrides -= 1
+            _OVERRIDES.reset(token)
+
+    @property
+    def override(self) -> Override | None:
+        return _OVERRIDES.get().get(id(self))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The insert layers in force: one, or one for each row."""
+        override = self.override
+        return (self.insert_layer,) if override is None else override.layers
+
+    @property
+    def seen(self) -> Sightings:
+        # Dynamo does not know thread-local state; what it traces is run by one thread after the other.
+        return self.compiled_seen if torch.compiler.is_compiling() else self.progress.seen
+
+    @seen.setter
+    def seen(self, seen: Sightings) -> None:
+        if torch.compiler.is_compiling():
+            self.compiled_seen = seen
+        else:
+            self.progress.seen = seen
+
+    def entered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            self.seen = Sightings(input_ids=ids, entered=True)
+
+    def left(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook after the model, also where it failed before the stack."""
+        self.seen = Sightings()
+
+    def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Hook on the input embeddings: a forward starts with them, unless the model was given the ids.
+
+        A model may then embed others, with padding in the place of its placeholders (Gemma 4).
+        """
+        if not args or args[0].ndim != 2 or getattr(self.stack, ATTRIBUTE, None) is not self:
+            return
+        if not self.seen.entered:
+            self.seen = Sightings(input_ids=args[0])
+        if self.seen.embedded is None:
+            self.seen.embedded = output
+
+    def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A `get_placeholder_mask`, noting where it says that features go."""
+        result = stock(*args, **kwargs)
+        self.seen.see_placeholders(result)
+        return result
+
+    def call_stack(self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The decoder stack. Compiled code runs stock forwards and decoding with a static cache; the rest of
+        what it meets leaves the graph."""
+        if not torch.compiler.is_compiling():
+            return self.plan_and_run(stock, args, kwargs, self.progress.seen)
+        call = self.bind(args, kwargs)
+        past = call.get("past_key_values")
+        untouched = self.insert_layer == 0 and not self.overrides and not holds_short_layers(past)
+        if untouched or self.decodes_statically(call, past):
+            return stock(*args, **kwargs)
+        return _outside_the_graph(self.plan_and_run, stock, args, kwargs, self.compiled_seen)
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The stack's arguments by name."""
+        return dict(zip(self.stack_arguments, args, strict=False)) | kwargs
+
+    def decodes_statically(self, call: dict[str, Any], past: Any) -> bool:
+        """Whether this is one token on static caches, which the layers' calls alone can do."""
+        given = call.get("inputs_embeds")
+        if given is None:
+            given = call.get("input_ids")
+        return given is not None and given.shape[1] == 1 and past is not None and past.is_compileable
+
+    def plan_and_run(
+        self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any], seen: Sightings
+    ) -> Any:
+        """Plan the stages, then call the stack, once or once for each group of rows."""
+        progress, layers = self.progress, self.layers
+        call = self.bind(args, kwargs)
+        progress.seen, progress.depth = Sightings(), progress.depth + 1
+        try:
+            if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
+                return stock(*args, **kwargs)
+            embeds = call.get("inputs_embeds")
+            if embeds is None:
+                per_row = _one_per_row(layers, call["input_ids"].shape[0])
+                return self.run(stock, per_row, None, call, partial(self.plan_inside, per_row, call))
+            multimodal = self.multimodal(seen, embeds)
+            if multimodal is not None:
+                self.check_recorded(call)
+            per_row = _one_per_row(layers, embeds.shape[0])
+            if multimodal is not None and can_group(self.stack, per_row, call):
+                return in_groups(partial(self.run, stock), per_row, multimodal, call)
+            return self.run(stock, per_row, multimodal, call)
+        finally:
+            # A stack that embeds ids itself has been seen to do so: of no concern to the next forward.
+            progress.seen, progress.depth = Sightings(), progress.depth - 1
+
+    def check_recorded(self, call: dict[str, Any]) -> None:
+        """Refuse router logits: the stock loss that balances experts would give them to the wrong tokens."""
+        name = "output_router_logits"
+        if call.get(name, getattr(self.stack.config, name, False)):
+            raise ValueError(
+                f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the "
+                "loss that balances the experts cannot know; set it to False"
+            )
+
+    def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
+        """(B, S) bool of the positions that wait; None where there are none."""
+        if max(self.layers) == 0:
+            return None
+        return seen.multimodal(
+            embeds, self.placeholder_ids, self.override.multimodal if self.override else None
+        )
+
+    def plan_inside(
+        self, layers: Sequence[int], call: dict[str, Any], embeds: Tensor
+    ) -> dict[int, Rows | None]:
+        """The stages where the stack itself embeds the ids, and may scatter features (Chameleon): its first
+        layer's input `embeds` is the first that can tell."""
+        if self.told:
+            explicit = self.override.multimodal if self.override else None
+            multimodal = told_positions(call, self.placeholder_ids, explicit)
+        else:
+            multimodal = self.multimodal(self.progress.seen, embeds)
+        return {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
+
+    def run(
+        self,
+        stock: Callable[..., Any],
+        layers: Sequence[int],
+        multimodal: Tensor | None,
+        call: dict[str, Any],
+        plan: Callable[[Tensor], dict[int, Rows | None]] | None = None,
+    ) -> Any:
+        """One call of the stock stack; `layers` has one insert layer for each of its rows."""
+        embeds = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        forward = Forward(
+            length=embeds.shape[1],
+            stages={} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask")),
+            causal=self.causal,
+            flash="flash" in str(self.stack.config._attn_implementation),
+            between=any(name.startswith("deepstack") and call[name] is not None for name in call),
+            plan=plan,
+        )
+        outer, self.progress.forward = self.progress.forward, forward
+        try:
+            output = stock(**call)
+        finally:
+            self.progress.forward = outer
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            output.hidden_states = tuple(forward.full_length(states))
+        return output
+
+    def plan(self, layers: Sequence[int], multimodal: Tensor, mask: Any) -> dict[int, Rows | None]:
+        """Rows alive from each layer on at which that changes; real padding never enters a short layer."""
+        deepest = max(layers)
+        per_row = torch.tensor(layers, device=multimodal.device)
+        real = real_positions(mask, multimodal)
+        stages: dict[int, Rows | None] = {}
+        for layer in sorted({0, *layers}):
+            if layer == deepest:
+                stages[layer] = None
+            else:
+                waiting = multimodal & (per_row > layer)[:, None]
+                stages[layer] = rows_of(real & ~waiting)
+        if deepest == self.num_layers:
+            del stages[deepest]
+        return stages
+
+    def call_layer(self, index: int, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Decoder layer `index`, called with the rows that are alive in it."""
+        # Names, so that a tensor handed over by position is recognised too.
+        call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
+        if torch.compiler.is_compiling():
+            return _on_static_cache(index, stock, call, 1)
+        forward = self.progress.forward
+        if forward is None:
+            if self.progress.depth == 0 and max(self.layers) > 0:
+                raise UnsupportedModelError(
+                    "a decoder layer was called by itself, outside of its stack: an insert layer needs the "
+                    "whole model's forward; insert at layer 0, or call the model"
+                )
+            return stock(*args, **kwargs)
+        hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
+        if forward.rows is None and is_short_static(call.get("past_key_values"), index):
+            return _on_static_cache(index, partial(stock, hidden), call, forward.length)
+        keys = LayerKeys(call.get("past_key_values"), index, forward.length)
+        if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
+            output = stock(hidden, **call)
+        else:
+            if forward.rows is not None:
+                keys.check_can_skip()
+                if self.recurrent[index] and forward.rows.ragged:
+                    check_can_continue(call.get("past_key_values"), index)
+                self.check_length(keys.past + forward.length)
+            columns = forward.columns(keys, hidden)
+            output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
+            if forward.rows is not None or keys.short:
+                keys.record(columns.position, hidden.shape[-2], columns.holes)
+        if forward.rows is not None and (forward.between or index == self.num_layers - 1):
+            return _map_hidden(output, forward.put_back)
+        return output
+
+
+@torch.compiler.disable
+def _outside_the_graph(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _one_per_row(layers: Sequence[int], batch: int) -> list[int]:
+    """One insert layer for each row of the batch; rows that generation repeats take theirs along."""
+    if batch % len(layers):
+        raise ValueError(f"{len(layers)} insert layers for a batch of {batch} rows: give one, or one per row")
+    return [layer for layer in layers for _ in range(batch // len(layers))]
+
+
+def _map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A decoder layer's output, a tensor or a tuple that starts with one, with `change` applied to it."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def _on_static_cache(index: int, stock: Callable[..., Any], call: dict[str, Any], length: int) -> Any:
+    """A layer called with all its rows, whose static cache may have holes."""
+    past: Any = call.get("past_key_values")
+    if is_short_static(past, index):
+        call["attention_mask"] = hide_holes(past.layers[index], call.get("attention_mask"), length)
+    return stock(**call)
+
+
+@cache
+def _called_through(stock_class: Any, through: str) -> type[nn.Module]:
+    """`stock_class` with a `__call__` that goes through the insertion; same name, no new parameter."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(module, ATTRIBUTE)
+        insertion, place = found if isinstance(found, tuple) else (found, ())
+        return getattr(insertion, through)(*place, partial(stock_class.__call__, module), args, kwargs)
+
+    members = {"__call__": call, "__module__": stock_class.__module__, "_stock_class": stock_class}
+    return type(stock_class.__name__, (stock_class,), members | {"__qualname__": stock_class.__qualname__})

@@ -1,0 +1,98 @@
+"""Which positions of a forward hold features: what the model shows of it on its way to the decoder stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POSITION_ARGUMENTS = ("image_embeds_position_mask",)
+"""Arguments of a stack that say, with 1 and 0, where it puts the features itself (Kosmos-2)."""
+
+
+@dataclass
+class Sightings:
+    """What one forward has shown before its stack is called."""
+
+    input_ids: Tensor | None = None
+    embedded: Tensor | None = None
+    """(B, S, D) what the embedding layer returned."""
+    scattered: Tensor | None = None
+    """(B, S) bool where the model's `get_placeholder_mask` said that features go."""
+    entered: bool = False
+    """Whether the model itself was given the ids, and not its embedding layer alone."""
+
+    def see_placeholders(self, result: Any) -> None:
+        """What `get_placeholder_mask` returned: one mask, or one for each modality."""
+        for mask in result if isinstance(result, tuple) else (result,):
+            if isinstance(mask, Tensor):
+                flat = mask[..., 0] if mask.ndim == 3 else mask
+                seen = self.scattered
+                self.scattered = flat if seen is None or seen.shape != flat.shape else seen | flat
+
+    def multimodal(
+        self, embeds: Tensor, placeholder_ids: Sequence[int], explicit: Tensor | None
+    ) -> Tensor | None:
+        """(B, S) bool of the positions of `embeds` (B, S, D) that hold features; None where there are none.
+
+        In this order: the mask that the caller gave (`explicit`), the model's own word, an untouched output
+        of the embedding layer, placeholder ids, and what differs from the embedding layer's output. Raises
+        `ValueError` where nothing says it.
+        """
+        batch, length = embeds.shape[:2]
+        if explicit is not None and length > 1:
+            return _for_batch(explicit, embeds)
+        if self.scattered is not None and self.scattered.shape == (batch, length):
+            return self.scattered
+        if self.embedded is embeds:
+            return None
+        if self.input_ids is not None and self.input_ids.shape == (batch, length) and placeholder_ids:
+            ids = torch.tensor(placeholder_ids, device=self.input_ids.device)
+            return torch.isin(self.input_ids, ids)
+        if self.embedded is not None and self.embedded.shape == embeds.shape:
+            return (self.embedded != embeds).any(dim=-1)
+        if length == 1:
+            return None
+        raise ValueError(
+            "inputs_embeds without input_ids do not say which positions are multimodal: pass them with "
+            "insert_at(model, layer, multimodal_mask=mask)"
+        )
+
+
+def told_positions(
+    call: Mapping[str, Any], placeholder_ids: Sequence[int], explicit: Tensor | None
+) -> Tensor | None:
+    """`Sightings.multimodal` for a stack that is given ids and puts features among embeddings itself."""
+    ids: Tensor = call["input_ids"]
+    if ids.shape[1] == 1:
+        return None
+    if explicit is not None:
+        return _for_batch(explicit, ids)
+    past = call.get("past_key_values")
+    masks = [call[name] for name in POSITION_ARGUMENTS if call.get(name) is not None]
+    if masks and (past is None or past.get_seq_length() == 0):
+        return masks[0].to(ids.device, torch.bool)
+    if not placeholder_ids:
+        return None
+    return torch.isin(ids, torch.tensor(placeholder_ids, device=ids.device))
+
+
+def _for_batch(mask: Tensor, embeds: Tensor) -> Tensor:
+    """A caller's `multimodal_mask` (B, S) as bool for this forward, whose rows may be repeated (beams)."""
+    batch, length = embeds.shape[:2]
+    if mask.ndim != 2 or mask.shape[1] != length or batch % mask.shape[0]:
+        raise ValueError(
+            f"multimodal_mask of shape {tuple(mask.shape)} for inputs of shape {(batch, length)}: give one "
+            "row for each row of the batch, one value for each position"
+        )
+    return mask.to(embeds.device, torch.bool).repeat_interleave(batch // mask.shape[0], dim=0)
+
+
+def real_positions(mask: Any, multimodal: Tensor) -> Tensor:
+    """(B, S) bool of the positions that are no padding, as far as a 2-D `mask` (B, P+S) says it."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return torch.ones_like(multimodal)
+    return mask[:, -multimodal.shape[1] :].to(device=multimodal.device, dtype=torch.bool)

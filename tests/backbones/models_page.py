@@ -1,0 +1,103 @@
+"""`docs/models.md`, written from what `test_models.py` found in a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from zoo import FAMILIES, REFUSED
+
+from backbones import UnsupportedModelError, deep_insert
+
+HEAD = """# Models
+
+Written by `make models` from a run of `tests/backbones/test_models.py` with transformers {transformers} and
+torch {torch}: small models of each type, built from their configurations with random weights, real encoders
+included.
+
+A supported type keeps these promises, float32 on the CPU, left and right padding:
+
+- insert layer 0 gives the stock logits bit for bit
+- every other layer gives, to 2e-5, the logits of the stock model in which multimodal rows wait and nobody
+  sees them (`tests/backbones/reference.py`)
+- with one insert layer per row, each row gets what it gets alone
+- generation with the cache gives the tokens of generation without it
+- layers below the insert layer hold no multimodal key
+- gradients are the reference's
+- a checkpoint saved and loaded by stock code has no missing and no unexpected key
+- what was installed can be removed
+
+A type that is not listed is tried by the same generic rules, and refused if they do not find its decoder
+stack or its multimodal tokens.
+"""
+
+
+def registered() -> dict[str, str]:
+    """The multimodal model types of the installed transformers, with the class of each."""
+    names = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    names |= modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
+
+
+def type_of(name: str) -> str:
+    """The model type of a family such as `qwen2_vl-video`."""
+    kinds = [kind for kind in registered() if name == kind or name.startswith(f"{kind}-")]
+    return max(kinds, key=len, default=name)
+
+
+def page(outcomes: dict[str, dict[str, str]]) -> str:
+    """The page from `outcomes[family or refused type][test]`: "passed", "skipped" or "failed"."""
+    families = defaultdict(list)
+    for name in FAMILIES:
+        families[type_of(name)].append(name)
+    classes = registered()
+    by_class = {kind_class: kind for kind, kind_class in classes.items() if kind in families}
+    supported, refused, untried = [], [], []
+    for kind in sorted(set(classes) | set(families) | set(REFUSED)):
+        shared = by_class.get(classes.get(kind, ""))
+        if kind in families:
+            supported.append(_supported(kind, families[kind], outcomes))
+        elif shared is not None:
+            supported.append(f"| {kind} | as {shared} | the same class |")
+        elif kind in REFUSED:
+            refused.append(f"| {kind} | {_reason(kind)} |")
+        else:
+            untried.append(kind)
+    lines = [
+        HEAD.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0]),
+        f"## Supported: {len(supported)}\n",
+        "| model type | tried with | remarks |",
+        "|---|---|---|",
+        *supported,
+        f"\n## Refused, with the reason: {len(refused)}\n",
+        "| model type | reason |",
+        "|---|---|",
+        *refused,
+    ]
+    if untried:
+        lines += [f"\n## Not tried: {len(untried)}\n", ", ".join(untried)]
+    return "\n".join(lines) + "\n"
+
+
+def _reason(kind: str) -> str:
+    try:
+        deep_insert(REFUSED[kind].build(), 1)
+    except UnsupportedModelError as error:
+        return str(error).replace("|", "/")
+    return "**not refused**"
+
+
+def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]]) -> str:
+    remarks = []
+    for name in names:
+        family = FAMILIES[name]
+        failed = sorted(test for test, outcome in outcomes[name].items() if outcome == "failed")
+        label = f"{name.removeprefix(kind).strip('-')}: " if name != kind else ""
+        remarks += [f"**{label}{test} failed**" for test in failed]
+        remarks += [f"{label}{family.remark}"] if family.remark else []
+        remarks += [f"{label}without {test.replace('_', ' ')}: {why}" for test, why in family.without.items()]
+    variants = [name.removeprefix(kind).strip("-") for name in names if name != kind]
+    tried = ", ".join((["images or sounds"] if kind in names else []) + variants)
+    return f"| {kind} | {tried} | {'; '.join(remarks)} |"

@@ -1,0 +1,174 @@
+"""Every kind of cache of `transformers`, with tokens that skip layers: the same tokens as without a cache."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, QuantizedCache, StaticCache
+from zoo import FAMILIES, PLACEHOLDER, TEXT, VISION, Family, logits_of
+from zoo.llava_like import square_images
+
+from backbones import deep_insert, insert_at
+from backbones.cache import stored_keys
+
+WINDOW = 6
+ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]
+DEPTHS = [2, 4, 1, 3]
+OPTIONS = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+
+
+def _sliding():
+    """A window shorter than the prompt in every other layer."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    text = {**TEXT, "use_sliding_window": True, "sliding_window": WINDOW, "layer_types": kinds}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config={"model_type": "qwen2", **text},
+            vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+            image_token_id=PLACEHOLDER,
+        )
+    )
+
+
+SLIDING = Family("llava-sliding", _sliding, square_images)
+
+
+@pytest.fixture(scope="module", params=["full", "sliding"])
+def family(request):
+    return {"full": FAMILIES["llava"], "sliding": SLIDING}[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return deep_insert(family.model(), 0)
+
+
+def generate(model, inputs, layers, **options):
+    with insert_at(model, layers), torch.no_grad():
+        return model.generate(**inputs, **(OPTIONS | options))
+
+
+@pytest.mark.parametrize("layers", [3, DEPTHS], ids=["one layer", "layer per row"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_sliding_windows(layers, beams):
+    """The window is measured in positions of the full sequence, skipped ones included."""
+    model = deep_insert(SLIDING.model(), 0)
+    rows = [ROWS[0], ROWS[1], (2, 0, 9), ROWS[3]]
+    inputs = SLIDING.batch(model, rows)
+    cached = generate(model, inputs, layers, num_beams=beams)
+    assert torch.equal(cached, generate(model, inputs, layers, num_beams=beams, use_cache=False))
+
+
+def test_a_sliding_layer_keeps_no_more_than_its_window():
+    model = deep_insert(SLIDING.model(), 3)
+    inputs = SLIDING.batch(model, [(3, 0, 9)])
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits_of(model, inputs, past_key_values=cache, use_cache=True)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [WINDOW - 1, 12, WINDOW - 1, 16]
+    assert [layer.get_seq_length() for layer in cache.layers] == [16] * 4
+
+
+@pytest.mark.parametrize("layers", [2, 4, DEPTHS], ids=["middle", "never", "layer per row"])
+def test_static_cache(family, model, layers):
+    inputs = family.batch(model, ROWS)
+    expected = generate(model, inputs, layers)
+    assert torch.equal(generate(model, inputs, layers, cache_implementation="static"), expected)
+
+
+def test_static_cache_used_again(family, model):
+    """One cache for two prompts, the second without images and at layer 0."""
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
+    for rows, layer in (([(3, 0, 4)], 3), ([(7,)], 0), ([(2, 0, 6)], 2)):
+        inputs = family.batch(model, rows)
+        expected = generate(model, inputs, layer)
+        cache.reset()
+        assert torch.equal(generate(model, inputs, layer, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_second_turn(family, model, kind):
+    """More words on a kept cache, after the window was full."""
+    whole = family.batch(model, [(3, 0, 4, 7)])
+    said = family.batch(model, [(3, 0, 4)])["input_ids"].shape[1]
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=32)
+    first = {name: value[:, :said] if value.ndim == 2 else value for name, value in whole.items()}
+    with insert_at(model, 3):
+        expected = logits_of(model, whole)
+        logits = [logits_of(model, first, past_key_values=cache, use_cache=True)]
+        for piece in (slice(said, said + 5), slice(said + 5, said + 6), slice(said + 6, None)):
+            mask = whole["attention_mask"][:, : piece.stop]
+            turn = {"input_ids": whole["input_ids"][:, piece], "attention_mask": mask}
+            logits.append(logits_of(model, turn, past_key_values=cache, use_cache=True))
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_second_image_in_a_later_turn(family, model, kind):
+    whole = family.batch(model, [(3, 0, 4, 0, 3)])
+    said = family.batch(model, [(3, 0, 4)])["input_ids"].shape[1]
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=32)
+    turns = []
+    for place, image in ((slice(0, said), slice(0, 1)), (slice(said, None), slice(1, 2))):
+        ids, mask = whole["input_ids"][:, place], whole["attention_mask"][:, : place.stop]
+        turns.append({"input_ids": ids, "attention_mask": mask, "pixel_values": whole["pixel_values"][image]})
+    with insert_at(model, 2):
+        expected = logits_of(model, whole)
+        logits = [logits_of(model, turn, past_key_values=cache, use_cache=True) for turn in turns]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_quantised_cache_holds_the_same_rows():
+    """Four-bit keys are not exact; that each layer holds its own rows shows in the lengths."""
+    pytest.importorskip("optimum.quanto")
+    model = deep_insert(FAMILIES["llava"].model(), 3)
+    inputs = FAMILIES["llava"].batch(model, ROWS)
+    cache = QuantizedCache("quanto", model.config.get_text_config(), nbits=4, q_group_size=8)
+    tokens = generate(model, inputs, 3, past_key_values=cache)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 9
+    assert [layer.get_seq_length() for layer in cache.layers] == [tokens.shape[1] - 1] * 4
+    words = inputs["attention_mask"].bool() & (inputs["input_ids"] != PLACEHOLDER)
+    text = int(words.sum(dim=1).max())
+    assert [stored_keys(layer) for layer in cache.layers] == [text + 8] * 3 + [tokens.shape[1] - 1]
+
+
+@pytest.mark.parametrize("layers", [3, DEPTHS], ids=["one layer", "layer per row"])
+def test_an_eight_bit_cache(layers):
+    """What a short layer of 8-bit keys returns is as near to the exact keys as 8 bits allow."""
+    model = deep_insert(FAMILIES["llava"].model(), 0)
+    inputs = FAMILIES["llava"].batch(model, ROWS)
+    config = model.config.get_text_config()
+    found = []
+    for cache in (DynamicCache(config=config), QuantizedCache("fp8", config)):
+        prompt = {name: value[:, :-2] if value.ndim == 2 else value for name, value in inputs.items()}
+        with insert_at(model, layers):
+            logits_of(model, prompt, past_key_values=cache, use_cache=True)
+            step = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"]}
+            found.append(logits_of(model, step, past_key_values=cache, use_cache=True))
+        assert {layer.get_seq_length() for layer in cache.layers} == {inputs["input_ids"].shape[1]}
+    exact, eight_bit = found
+    assert (exact - eight_bit).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_copied_cache_goes_its_own_way(family, model):
+    inputs = family.batch(model, ROWS)
+    step = {"input_ids": torch.full((4, 1), 30)}
+    longer = torch.cat([inputs["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
+    with insert_at(model, 3):
+        cache = DynamicCache(config=model.config.get_text_config())
+        logits_of(model, inputs, past_key_values=cache, use_cache=True)
+        other = copy.deepcopy(cache)
+        one = logits_of(model, step | {"attention_mask": longer}, past_key_values=cache, use_cache=True)
+        two = logits_of(model, step | {"attention_mask": longer}, past_key_values=other, use_cache=True)
+    assert torch.equal(one, two)
+
+
+def test_decoding_with_assistance(family, model):
+    """Prompt lookup crops the cache when a guess was wrong."""
+    inputs = family.batch(model, [(3, 0, 4, 0, 9)])
+    expected = generate(model, inputs, 3, max_new_tokens=14)
+    got = generate(model, inputs, 3, max_new_tokens=14, prompt_lookup_num_tokens=3)
+    assert torch.equal(got, expected)

@@ -1,0 +1,56 @@
+"""Layers that hand a state from row to row, over several forwards on one cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import FAMILIES
+
+from backbones import deep_insert, insert_at
+from backbones.cache import UnsupportedCacheError
+
+
+@pytest.fixture(scope="module")
+def family():
+    return FAMILIES["qwen3_5"]
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return deep_insert(family.model(), 0)
+
+
+def in_two_turns(family, model, rows, first):
+    """Logits after `first` positions of text, then all the rest with its images, on one cache."""
+    inputs = family.batch(model, rows)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions, _ = model.model.get_rope_index(
+        ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=mask
+    )
+    with torch.no_grad():
+        cache = model(
+            input_ids=ids[:, :first], attention_mask=mask[:, :first], position_ids=positions[..., :first]
+        ).past_key_values
+        later = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+        return model(
+            input_ids=ids[:, first:],
+            attention_mask=mask,
+            position_ids=positions[..., first:],
+            past_key_values=cache,
+            **later,
+        ).logits
+
+
+def test_an_image_in_a_later_turn(family, model):
+    rows = [(3, 4, 0, 2)]
+    with insert_at(model, 3), torch.no_grad():
+        whole = model(**family.batch(model, rows)).logits
+        later = in_two_turns(family, model, rows, first=4)
+    torch.testing.assert_close(later, whole[:, 4:], atol=2e-5, rtol=2e-5)
+
+
+def test_dummies_never_follow_a_state(family, model):
+    """Rows of a batch with different numbers of words in the later turn: dummies would change the state."""
+    rows = [(4, 0, 3), (3, 1, 0, 7)]
+    with insert_at(model, 3), pytest.raises(UnsupportedCacheError, match="recurrent state"):
+        in_two_turns(family, model, rows, first=4)
