@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # One thread: the models of the tests are so small that threads cost more than they give.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
 
-.PHONY: help demo test test-slow models lint format bench clean
+.PHONY: help demo test test-slow models lint format bench bench-full bench-gpu bench-docs clean
 
 help:
 	@echo "make demo       the whole way on the embedded tiny backbone, into runs/demo"
@@ -14,7 +14,10 @@ help:
 	@echo "make test-slow  long checks"
 	@echo "make models     docs/models.md, from a run over all model families"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      prefill time by insert layer, into runs/bench"
+	@echo "make bench      time and memory by insert layer against the stock model, into runs/bench"
+	@echo "make bench-full the same with large batches, in the better part of an hour, into runs/bench-full"
+	@echo "make bench-gpu  published models with random weights on a GPU, into runs/bench-gpu"
+	@echo "make bench-docs docs/performance.md from the runs above"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/deepinsert demo --out runs/demo
@@ -38,7 +41,17 @@ format: $(VENV)/installed-dev
 	$(RUN) -m ruff format .
 
 bench: $(VENV)/installed
-	$(RUN) benchmarks/prefill.py --out runs/bench
+	$(VENV)/bin/deepinsert bench --out runs/bench
+
+bench-full: $(VENV)/installed
+	$(VENV)/bin/deepinsert bench --full --out runs/bench-full
+
+bench-gpu: $(VENV)/installed
+	$(RUN) benchmarks/gpu.py --profile --out runs/bench-gpu
+	$(RUN) benchmarks/gpu.py --out runs/bench-gpu
+
+bench-docs: $(VENV)/installed
+	$(RUN) benchmarks/write_docs.py $(wildcard runs/bench-full runs/bench-gpu)
 
 clean:
 	rm -rf $(VENV)

@@ -62,7 +62,7 @@ COMMANDS = {
     "bench": Command(
         command_options.BenchOptions,
         "bench",
-        "deepinsert bench --insert-layers 0,2,4,6 --batch-size 8 --out runs/bench",
+        "deepinsert bench --out runs/bench",
     ),
     "predict": Command(
         command_options.PredictOptions,

@@ -23,7 +23,9 @@ COUNTS = {
     "text_tokens",
     "multimodal_tokens",
     "images",
+    "threads",
 }
+BENCH_CASES = ("prefill", "decode", "train-full", "train-lora", "rows", "ragged", "mixed")
 MOST_LAYERS = 10_000  # more than any model has; the model's own number is known once it is loaded
 
 
@@ -59,6 +61,18 @@ def parse_share(text: str, option: str) -> float:
     if not 0 <= share <= 1:
         raise ValueError(f"{option} {text!r}: give a share such as 0.5% or 0.005, between 0 and 1")
     return share
+
+
+def parse_cases(text: str) -> tuple[str, ...]:
+    """`"prefill,decode"` as `("prefill", "decode")`; empty for an empty text.
+
+    Raises `ValueError` naming a case that bench does not have.
+    """
+    cases = tuple(part.strip() for part in text.split(",") if part.strip())
+    for case in cases:
+        if case not in BENCH_CASES:
+            raise ValueError(f"--cases {text!r}: {case!r} is no case; choose among {', '.join(BENCH_CASES)}")
+    return cases
 
 
 def parse_sources(text: str) -> tuple[str, ...] | None:
@@ -181,13 +195,28 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
 
 
 @dataclass(kw_only=True)
-class BenchOptions(RunOptions, BackboneOptions):
-    """Measure the prefill at each insert layer against the stock model, in paired repeats."""
+class BenchOptions(RunOptions):
+    """Measure prefill, decoding and training by insert layer beside the stock model, in paired rounds."""
 
-    insert_layers: str = "all"
-    """Layers to measure: all, 0-7 or 0,4,8."""
-    repeats: int = 9
-    """Rounds; each round measures the stock model and every layer once."""
+    backbone: str = "bench"
+    """Folder, hub id or "tiny" for a model of yours on rendered images; "bench" for a LLaVA with random
+    weights, large enough for arithmetic to dominate (bench-half, bench-small and bench-tiny are smaller)."""
+    full: bool = False
+    """Batches of 1, 8 and 32 with up to 2,304 image tokens; takes the better part of an hour on two cores."""
+    cases: str = ""
+    """Only these: prefill,decode,train-full,train-lora,rows (one layer a row),ragged,mixed (both padded)."""
+    insert_layers: str = "quarters"
+    """Layers to measure: all, 0-7 or 0,4,8; "quarters" is 0 and each quarter of the depth."""
+    batch_size: int | None = None
+    """Rows of each forward; by default the batch sizes of the table, and 8 for a model of yours."""
+    repeats: int | None = None
+    """Rounds; each runs the stock model and every layer once. By default fewer for what takes longer."""
+    threads: int | None = None
+    """Threads of torch on a CPU; 1 gives the steadiest figures on a machine that others use too."""
+    device: str = "auto"
+    """"auto" takes a GPU where there is one; else a torch device such as cpu or cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision; "auto" is float32 on a CPU, else bfloat16 or the checkpoint's own."""
 
 
 @dataclass(kw_only=True)
@@ -243,7 +272,9 @@ def check(options: Any) -> None:
     for name in COUNTS & values.keys():
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: give at least 1")
-    if "insert_layers" in values and values["insert_layers"].strip() != "all":
+    if "cases" in values:
+        parse_cases(values["cases"])
+    if "insert_layers" in values and values["insert_layers"].strip() not in ("all", "quarters"):
         parse_layers(values["insert_layers"], MOST_LAYERS)
     if "max_bad" in values:
         parse_share(values["max_bad"], "--max-bad")

@@ -1,4 +1,4 @@
-"""Pictures of the policy's training, of recommendations and of measured times, a function each.
+"""Pictures of the policy's training and of recommendations, a function each.
 
 Drawn without pyplot, so no display is needed and nothing stays open.
 """
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .runs import describe_machine, save_figure
+from .runs import save_figure
 
 REWARD_COLOURS = {"performance": "tab:blue", "bonus": "tab:orange", "total": "black"}
 
@@ -75,29 +75,6 @@ def plot_recommendation(result: Mapping[str, Any], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-def prefill_times(result: Mapping[str, Any], path: str | Path) -> Path:
-    """Prefill time by insert layer as a share of the stock model's, beside what the FLOPs allow."""
-    layers = [row["insert_layer"] for row in result["layers"]]
-    ratios = np.array([row["time_ratio"] for row in result["layers"]])
-    low, high = np.array([row["time_ratio_quartiles"] for row in result["layers"]]).T
-    figure, axes = _figure()
-    axes.axhline(1, color="0.6", linewidth=1, label=f"stock model, {result['stock']['prefill_ms']:.1f} ms")
-    axes.errorbar(
-        layers, ratios, [ratios - low, high - ratios], marker="o", capsize=3, label="measured (quartiles)"
-    )
-    allowed = [row["flops_ratio"] for row in result["layers"]]
-    axes.plot(layers, allowed, "--", color="0.3", marker="s", markersize=4, label="share of FLOPs")
-    axes.set(
-        title=f"Prefill of {result['rows']} x ({result['text_tokens']} text + {result['multimodal_tokens']} "
-        f"multimodal) tokens\n{describe_machine(result['machine'])}",
-        ylabel="time against the stock model",
-    )
-    axes.set_ylim(bottom=0)
-    _layer_axis(axes)
-    axes.legend(frameon=False)
-    return save_figure(figure, path)
-
-
 def predicted_ratios(result: Mapping[str, Any], path: str | Path) -> Path:
     """Prefill, decode and KV cache by insert layer as a share of the stock model's, by the roofline model."""
     layers = [row["insert_layer"] for row in result["layers"]]
@@ -126,10 +103,3 @@ def predicted_ratios(result: Mapping[str, Any], path: str | Path) -> Path:
 def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _layer_axis(axes: Axes) -> None:
-    """Insert layers are whole numbers."""
-    axes.set_xlabel("insert layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)

@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -186,6 +186,18 @@ def progress(iterable: Iterable[Item], label: str, total: int | None = None) -> 
     yield from tqdm(
         iterable, desc=label, total=total, file=sys.stderr, mininterval=seconds, dynamic_ncols=True
     )
+
+
+@contextmanager
+def progress_by_cost(label: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr for work whose parts cost unlike much; gives what is told the cost of each part done.
+
+    The time left is in proportion to the cost left.
+    """
+    seconds = 0.5 if sys.stderr.isatty() else 10.0
+    form = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=total, desc=label, file=sys.stderr, mininterval=seconds, bar_format=form) as bar:
+        yield lambda cost: bar.update(min(cost, total - bar.n)) and None
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,111 @@
+"""Where a prefill makes the host wait for the device: which operations, called from which line.
+
+A wait costs nothing on a CPU and stalls a GPU's queue. The operations are seen where they are dispatched, so
+that a CPU shows what a GPU would wait for; on a GPU the profiler counts the waits themselves too.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backbones import deep_insert, remove_deep_insert
+
+from .batches import Batch
+from .cases import forward_arguments
+
+WAITING = ("aten::nonzero", "aten::equal", "aten::masked_select")
+"""Operations whose result, or the size of whose result, the host must know."""
+
+EVENTS = (
+    "aten::item",
+    "aten::nonzero",
+    "aten::_local_scalar_dense",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "Memcpy DtoH",
+    "Memcpy HtoD",
+)
+"""What the profiler counts, by the beginning of the event's name."""
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, found: Counter[tuple[str, str]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        to_host = name == "aten::_to_copy" and args[0].is_cuda and _device(kwargs) == "cpu"
+        by_mask = name == "aten::index" and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in WAITING or to_host or by_mask:
+            self.found[(name, _caller())] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Values(TorchFunctionMode):
+    """Tensors read as Python values, which on a CPU need no operation of their own."""
+
+    reading = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__)
+
+    def __init__(self, found: Counter[tuple[str, str]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.reading:
+            self.found[(func.__name__, _caller())] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _device(kwargs: Mapping[str, Any] | None) -> str | None:
+    device = (kwargs or {}).get("device")
+    return None if device is None else torch.device(device).type
+
+
+def _caller() -> str:
+    """The innermost line outside torch and this file, such as `backbones/rows.py:66`."""
+    package = str(Path(torch.__file__).parent)
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(package) and frame.filename != __file__:
+            return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"
+    return "?"
+
+
+def find_syncs(model: Any, batch: Batch, insert_layer: int | None) -> dict[str, Any]:
+    """The waits of one warm prefill: `operations`, a list of operation, line and times; `events`, counts of
+    the profiler. None is the stock model, which this leaves behind."""
+    remove_deep_insert(model) if insert_layer is None else deep_insert(model, insert_layer)
+    arguments = {**batch.inputs, **forward_arguments(model)}
+    activities = [ProfilerActivity.CPU]
+    if model.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    found: Counter[tuple[str, str]] = Counter()
+    try:
+        with torch.inference_mode():
+            model(**arguments)
+            with profile(activities=activities) as profiler:
+                model(**arguments)
+            with _Operations(found), _Values(found):
+                model(**arguments)
+    finally:
+        remove_deep_insert(model)
+    events: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        for name in EVENTS:
+            if event.key.startswith(name):
+                events[name] += event.count
+    operations = [
+        {"operation": name, "line": line, "times": times} for (name, line), times in found.most_common()
+    ]
+    return {"insert_layer": insert_layer, "operations": operations, "events": dict(events)}

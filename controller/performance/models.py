@@ -1,0 +1,67 @@
+"""Models built for measuring: LLaVA with random weights, large enough for arithmetic to dominate on a CPU.
+
+Time does not depend on the weights' values. The vision tower is kept small; its cost is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE_TOKEN = 999
+PATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """Decoder layers, width, width of the gated MLP, attention heads, and patches along an image's side."""
+
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    side: int = 24
+    """24 x 24 patches are 576 tokens, as in LLaVA-1.5."""
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, width {self.width}, MLP {self.mlp_width}"
+
+
+BENCH_MODELS = {
+    "bench": BenchModel(16, 512, 1376, 8),
+    "bench-half": BenchModel(8, 512, 1376, 8),
+    "bench-small": BenchModel(8, 256, 688, 4),
+    "bench-tiny": BenchModel(4, 64, 172, 2, side=8),
+}
+"""The first is what is measured; the next two stand in for it where a batch would take too long on a CPU, and
+the last shows in seconds that everything works."""
+
+
+def build_bench_model(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LlavaForConditionalGeneration:
+    """The model of that name in `BENCH_MODELS`, in eval mode."""
+    size = BENCH_MODELS[name]
+    text = LlamaConfig(
+        hidden_size=size.width,
+        intermediate_size=size.mlp_width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        vocab_size=IMAGE_TOKEN + 1,
+        max_position_embeddings=8192,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size.side * PATCH_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    return model.to(device, dtype)
