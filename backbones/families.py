@@ -17,6 +17,11 @@ PLACEHOLDER_NAMES = tuple(
 RECURRENT = frozenset({"linear_attention", "conv"})
 """Types of layers that carry a state from row to row instead of attending to keys."""
 
+ENCODER_DECODER = (
+    "is an encoder-decoder: only those are supported whose encoder reads features among text, in layers that "
+    "hand no position bias on"
+)
+
 
 class UnsupportedModelError(ValueError):
     """The model has no decoder stack that multimodal tokens could enter late, or one not handled yet."""
@@ -50,9 +55,10 @@ def find_stack(model: nn.Module) -> Any:
         inner = [getattr(stack, part, None) for part in ("model", "decoder", "language_model", "text_model")]
         found = [module for module in inner if isinstance(module, nn.Module) and module is not stack]
         if not found:
-            raise UnsupportedModelError(
-                f"{name_of(model)}: no list of decoder layers found; insert_layer has no meaning"
-            )
+            reason = ": no list of decoder layers found; insert_layer has no meaning"
+            if is_encoder_decoder(model):
+                reason = f" {ENCODER_DECODER}"
+            raise UnsupportedModelError(name_of(model) + reason)
         stack = found[0]
     return stack
 

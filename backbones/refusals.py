@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from .families import (
+    ENCODER_DECODER,
     UnsupportedModelError,
     find_placeholder_owner,
     is_encoder_decoder,
@@ -63,14 +64,11 @@ def _reason(model: PreTrainedModel, stack: Any) -> str | None:
     if is_encoder_decoder(model):
         hands_on = "position_bias" in inspect.signature(stack.layers[0].forward).parameters
         if hands_on or not placeholders or "inputs_embeds" not in arguments:
-            return (
-                "is an encoder-decoder: only those are supported whose encoder reads features among text, in "
-                "layers that hand no position bias on"
-            )
+            return ENCODER_DECODER
     elif _has_cross_attention(stack):
         return "reads images through cross-attention: multimodal tokens are never rows of its decoder"
     if any(_projects_with_bias(getattr(layer, "conv", None)) for layer in stack.layers):
-        return "has short convolutions with a bias: padding would not be zero in them, and reach the rows after it"
+        return "has short convolutions with a bias: padding would reach the rows after it"
     if "inputs_embeds" not in arguments:
         return "has a decoder that takes no embeddings: multimodal tokens are never rows of it"
     if any(map(_numbers_its_rows, stack.layers)):

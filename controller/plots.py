@@ -95,7 +95,9 @@ def predicted_ratios(result: Mapping[str, Any], path: str | Path) -> Path:
         ylabel="against the stock model",
     )
     axes.set_ylim(bottom=0)
-    _layer_axis(axes)
+    axes.set_xlabel("insert layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False, title="stock model in brackets")
     return save_figure(figure, path)
 
