@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 RUN := $(VENV)/bin/python
 # One thread: the models of the tests are so small that threads cost more than they give.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-slow models lint format bench bench-full bench-gpu bench-docs clean
 
@@ -29,7 +30,7 @@ test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
 
 models: $(VENV)/installed-dev
-	$(PYTEST) tests/backbones/test_models.py --models-page docs/models.md
+	$(PYTEST) -n 0 tests/backbones/test_models.py --models-page docs/models.md
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
