@@ -145,6 +145,15 @@ def is_short_static(cache: Any, index: int) -> bool:
     return isinstance(cache, Cache) and index < len(cache.layers) and hasattr(cache.layers[index], "holes")
 
 
+def sees_all(cache: Any, index: int, mask: Any) -> bool:
+    """Whether one new row may see every key that layer `index` of the cache holds, as without any mask."""
+    if mask is not None or not isinstance(cache, Cache) or index >= len(cache.layers):
+        return mask is None
+    layer: Any = cache.layers[index]
+    keymap = getattr(layer, "keymap", None)
+    return keymap is None or not (keymap.ragged or layer.is_sliding)
+
+
 def is_empty(cache: Cache) -> bool:
     """Whether nothing has been stored yet."""
     layers: list[Any] = [layer for layer in cache.layers if not isinstance(layer, KEYLESS)]
@@ -240,18 +249,17 @@ class LayerKeys:
             "pass use_cache=False, or insert at layer 0"
         )
 
-    def record(self, columns: Tensor, rows: int, ragged: bool) -> None:
-        """After the call, which was given `rows` of the `length` rows: the keys are at `columns`."""
+    def record(self, keymap: KeyMap, rows: int) -> None:
+        """After the call, which was given `rows` of the `length` rows: the keys are at `keymap`."""
         if self.cache is None or self.index >= len(self.cache.layers):
             return
         layer: Any = self.cache.layers[self.index]
         if isinstance(layer, KEYLESS):
             return
-        total = self.past + self.length
         if self.static:
-            lay_out(layer, columns, self.past, rows, self.length)
+            lay_out(layer, keymap.columns, self.past, rows, self.length)
             return
         stored = stored_keys(layer)
         if stored == self.past - (layer.keymap.skipped if self.short else 0):
             return  # This call stored nothing: the layer reads another layer's keys.
-        become_short(layer, KeyMap(columns, total - columns.shape[1], ragged), total)
+        become_short(layer, keymap, self.past + self.length)

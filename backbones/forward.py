@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import LayerKeys
+from .cache import KeyMap, LayerKeys
 from .families import UnsupportedModelError
 from .masks import Columns, row_mask, select_mask
 from .rows import Rows
@@ -81,6 +81,15 @@ class Forward:
         self.rows = self.stages.get(layer_idx, self.rows)
         return hidden if self.rows is None else self.rows.take(hidden, -2)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether this is one new token that skips nothing."""
+        return self.length == 1 and not self.stages and self.plan is None
+
+    def whole_at(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` is given all rows."""
+        return self.plan is None and self.stages.get(layer_idx, self.rows) is None
+
     def put_back(self, hidden: Tensor) -> Tensor:
         """(B, S, D): hidden states at full length again."""
         assert self.entered is not None
@@ -120,6 +129,12 @@ class Forward:
             return Columns(position, own, keys.offset, holes)
 
         return self.once(("columns", id(rows), *keys.identity), (rows, keys.layer), make)
+
+    def keymap(self, columns: Columns, past: int) -> KeyMap:
+        """What cache layers with these columns remember, one object for all of them."""
+        skipped = past + self.length - columns.position.shape[1]
+        make = partial(KeyMap, columns.position, skipped, columns.holes)
+        return self.once(("keymap", id(columns)), (columns,), make)
 
     def select(self, arguments: dict[str, Any], columns: Columns, recurrent: bool) -> dict[str, Any]:
         """A layer's arguments for the alive rows, each selection made once for a run of layers.

@@ -71,22 +71,22 @@ def in_groups(run: Run, layers: Sequence[int], multimodal: Tensor, call: dict[st
     with all rows in their order."""
     groups = [[row for row, own in enumerate(layers) if own == layer] for layer in sorted(set(layers))]
     cache = call.get("past_key_values")
+    places = [torch.tensor(rows, device=multimodal.device) for rows in groups]
     outputs = []
     caches: list[Any] = []
-    for rows in groups:
-        index = torch.tensor(rows, device=multimodal.device)
+    for rows, index in zip(groups, places, strict=True):
         own = {name: _rows_of(name, value, index, len(layers), call) for name, value in call.items()}
         if cache is not None:
             own["past_key_values"] = copy.deepcopy(cache)
         outputs.append(run([layers[rows[0]]] * len(rows), multimodal[index], own))
         left = getattr(outputs[-1], "past_key_values", None)
         caches.append(left if cache is None else own["past_key_values"])
-    order = torch.argsort(torch.tensor([row for rows in groups for row in rows]))
+    order = torch.argsort(torch.cat(places))
     whole = outputs[0]
     states = torch.cat([output.last_hidden_state for output in outputs])
     whole.last_hidden_state = states[order.to(states.device)]
     if caches[0] is not None:
-        whole.past_key_values = join_caches(caches[0] if cache is None else cache, caches, order)
+        whole.past_key_values = join_caches(caches[0] if cache is None else cache, caches, places)
     return whole
 
 
@@ -105,33 +105,32 @@ def _rows_of(name: str, value: Any, rows: Tensor, batch: int, call: dict[str, An
     return value if value.shape[dim] == 1 else value.index_select(dim, rows.to(value.device))
 
 
-def join_caches(cache: Cache, caches: Sequence[Cache], order: Tensor) -> Cache:
-    """The caches of groups of rows as one, in `cache`; `order` sorts the groups' rows into the batch's."""
+def join_caches(cache: Cache, caches: Sequence[Cache], rows: Sequence[Tensor]) -> Cache:
+    """The caches of groups of rows as one, in `cache`; `rows` says which rows of the batch each holds."""
     while len(cache.layers) < len(caches[0].layers):
         cache.layers.append(copy.copy(caches[0].layers[len(cache.layers)]))
     maps: dict[tuple, KeyMap] = {}
     for index, layer in enumerate(cache.layers):
         parts: list[Any] = [part.layers[index] for part in caches]
         if isinstance(layer, LinearAttentionLayer):
-            _join_states(layer, parts, order)
+            _join_states(layer, parts, torch.argsort(torch.cat(list(rows))))
         elif not isinstance(layer, KEYLESS) and parts[0].is_initialized:
-            _join_keys(layer, parts, order, maps)
+            _join_keys(layer, parts, rows, maps)
     return cache
 
 
-def _join_keys(layer: Any, parts: Sequence[Any], order: Tensor, maps: dict[tuple, KeyMap]) -> None:
+def _join_keys(layer: Any, parts: Sequence[Any], rows: Sequence[Tensor], maps: dict[tuple, KeyMap]) -> None:
     """Keys and values of all parts, the shorter ones padded with dummies on the left."""
     most = max(part.keys.shape[-2] for part in parts)
     total = parts[0].get_seq_length()
-    order = order.to(parts[0].keys.device)
-    keys = torch.cat([_left_padded(part.keys, most) for part in parts])[order]
-    values = torch.cat([_left_padded(part.values, most) for part in parts])[order]
+    keys = _left_padded([part.keys for part in parts], rows, most, 0)
+    values = _left_padded([part.values for part in parts], rows, most, 0)
     keymap = None
     if any(is_short(part) for part in parts):
         key = (most, total, *(id(getattr(part, "keymap", None)) for part in parts))
         if key not in maps:
-            columns = torch.cat([_left_padded(_held(part)[:, None, :, None], most, -1) for part in parts])
-            columns = columns[order][:, 0, :, 0]
+            held = [_held(part)[:, None, :, None] for part in parts]
+            columns = _left_padded(held, rows, most, -1)[:, 0, :, 0]
             maps[key] = KeyMap(columns, total - most, bool((columns < 0).any()))
         keymap = maps[key]
     # `layer` may be one of the parts: nothing is changed before all is read.
@@ -154,8 +153,16 @@ def _held(part: Any) -> Tensor:
     return positions[:, positions.shape[1] - count :]
 
 
-def _left_padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[-2], 0), value=value)
+def _left_padded(parts: Sequence[Tensor], rows: Sequence[Tensor], most: int, padding: int) -> Tensor:
+    """(B, H, `most`, D): each part (b, H, k, D) at its rows of the batch, `padding` on its left."""
+    size = sum(part.shape[0] for part in parts), parts[0].shape[1], most, parts[0].shape[3]
+    whole = parts[0].new_empty(size)
+    for part, own in zip(parts, rows, strict=True):
+        missing = most - part.shape[2]
+        own = own.to(part.device)
+        whole[own, :, :missing] = padding
+        whole[own, :, missing:] = part
+    return whole
 
 
 def _join_states(layer: Any, parts: Sequence[Any], order: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static
+from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static, sees_all
 from .families import (
     UnsupportedModelError,
     deepest_insert_layer,
@@ -115,13 +115,6 @@ class Insertion:
             )
             raise ValueError(
                 f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
-            )
-
-    def check_length(self, length: int) -> None:
-        if self.farthest is not None and length > self.farthest:
-            raise UnsupportedModelError(
-                f"a prompt of {length} positions: this model scales attention by the number of a row from "
-                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
             )
 
     def install(self) -> None:
@@ -332,37 +325,53 @@ class Insertion:
 
     def call_layer(self, index: int, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Decoder layer `index`, called with the rows that are alive in it."""
-        # Names, so that a tensor handed over by position is recognised too.
-        call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
-        if torch.compiler.is_compiling():
-            return _on_static_cache(index, stock, call, 1)
-        forward = self.progress.forward
-        if forward is None:
+        compiling = torch.compiler.is_compiling()
+        forward = None if compiling else self.progress.forward
+        if forward is None and not compiling:
             if self.progress.depth == 0 and max(self.layers) > 0:
                 raise UnsupportedModelError(
                     "a decoder layer was called by itself, outside of its stack: an insert layer needs the "
                     "whole model's forward; insert at layer 0, or call the model"
                 )
             return stock(*args, **kwargs)
+        # Names, so that a tensor handed over by position is recognised too.
+        call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
+        past: Any = call.get("past_key_values")
+        if forward is None or (forward.whole_at(index) and is_short_static(past, index)):
+            return _on_static_cache(index, stock, call, 1 if forward is None else forward.length)
+        if forward.decodes and sees_all(past, index, call.get("attention_mask")):
+            return stock(*args, **kwargs)
+        return self.call_with_rows(index, stock, call, forward)
+
+    def call_with_rows(
+        self, index: int, stock: Callable[..., Any], call: dict[str, Any], forward: Forward
+    ) -> Any:
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
-        if forward.rows is None and is_short_static(call.get("past_key_values"), index):
-            return _on_static_cache(index, partial(stock, hidden), call, forward.length)
         keys = LayerKeys(call.get("past_key_values"), index, forward.length)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
-            output = stock(hidden, **call)
-        else:
-            if forward.rows is not None:
-                keys.check_can_skip()
-                if self.recurrent[index] and forward.rows.ragged:
-                    check_can_continue(call.get("past_key_values"), index)
-                self.check_length(keys.past + forward.length)
-            columns = forward.columns(keys, hidden)
-            output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
-            if forward.rows is not None or keys.short:
-                keys.record(columns.position, hidden.shape[-2], columns.holes)
-        if forward.rows is not None and (forward.between or index == self.num_layers - 1):
+            return stock(hidden, **call)
+        if forward.rows is not None:
+            self.check_can_leave_out(index, call.get("past_key_values"), keys, forward.rows)
+        columns = forward.columns(keys, hidden)
+        output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
+        if forward.rows is None:
+            return output
+        keys.record(forward.keymap(columns, keys.past), hidden.shape[-2])
+        if forward.between or index == self.num_layers - 1:
             return _map_hidden(output, forward.put_back)
         return output
+
+    def check_can_leave_out(self, index: int, cache: Any, keys: LayerKeys, rows: Rows) -> None:
+        """Raise where layer `index` or its cache cannot be given some rows only."""
+        keys.check_can_skip()
+        if self.recurrent[index] and rows.ragged:
+            check_can_continue(cache, index)
+        end = keys.past + keys.length
+        if self.farthest is not None and end > self.farthest:
+            raise UnsupportedModelError(
+                f"a prompt of {end} positions: this model scales attention by the number of a row from "
+                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
+            )
 
 
 @torch.compiler.disable
