@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
@@ -82,9 +83,11 @@ class Backbone:
         return fingerprint(self.model)
 
     @contextmanager
-    def insert_at(self, insert_layer: int | Sequence[int]) -> Iterator[Backbone]:
-        """Another insert layer for a while: one for the batch, or one per row."""
-        with insert_at(self.model, insert_layer):
+    def insert_at(
+        self, insert_layer: int | Sequence[int], *, multimodal_mask: Tensor | None = None
+    ) -> Iterator[Backbone]:
+        """Another insert layer for a while, one for the batch or one per row; as `backbones.insert_at`."""
+        with insert_at(self.model, insert_layer, multimodal_mask=multimodal_mask):
             yield self
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 
 import torch
@@ -89,6 +90,14 @@ def _reason(kind: str) -> str:
     return "**not refused**"
 
 
+def _modality(kind: str) -> str:
+    """What the family named like its type is tried with."""
+    model_class = getattr(transformers, registered().get(kind, ""), None)
+    arguments = inspect.signature(model_class.forward).parameters if model_class else {}
+    pictures = any("pixel_values" in name for name in arguments)
+    return "images" if pictures or model_class is None else "audio"
+
+
 def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]]) -> str:
     remarks = []
     for name in names:
@@ -99,5 +108,5 @@ def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]])
         remarks += [f"{label}{family.remark}"] if family.remark else []
         remarks += [f"{label}without {test.replace('_', ' ')}: {why}" for test, why in family.without.items()]
     variants = [name.removeprefix(kind).strip("-") for name in names if name != kind]
-    tried = ", ".join((["images or sounds"] if kind in names else []) + variants)
-    return f"| {kind} | {tried} | {'; '.join(remarks)} |"
+    tried = ", ".join(([_modality(kind)] if kind in names else []) + variants)
+    return f"| {kind} | {tried} | {'; '.join(remark.rstrip('.') for remark in remarks)} |"
