@@ -30,7 +30,7 @@ test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
 
 models: $(VENV)/installed-dev
-	$(PYTEST) -n 0 tests/backbones/test_models.py --models-page docs/models.md
+	$(PYTEST) tests/backbones/test_models.py --models-page docs/models.md
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

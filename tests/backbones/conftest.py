@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from models_page import page
-from zoo import FAMILIES, Family
+from zoo import FAMILIES, REFUSED, Family
 
 from backbones import deep_insert, set_insert_layer
 
@@ -51,15 +51,15 @@ def pytest_addoption(parser):
 OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = (yield).get_result()
-    if item.path.name != "test_models.py" or not hasattr(item, "callspec"):
-        return
-    subject = item.callspec.params.get("family", item.callspec.params.get("name"))
-    test = item.originalname.removeprefix("test_")
-    if report.outcome == "failed" or OUTCOMES[subject].get(test) is None:
-        OUTCOMES[subject][test] = report.outcome
+def pytest_runtest_logreport(report):
+    """Seen in the process that collects the reports, however many ran the tests."""
+    file, _, test = report.nodeid.partition("::")
+    name, _, parameters = test.removeprefix("test_").rstrip("]").partition("[")
+    subjects = [each for each in (*FAMILIES, *REFUSED) if f"{parameters}-".startswith(f"{each}-")]
+    if file.endswith("test_models.py") and subjects:
+        outcomes = OUTCOMES[max(subjects, key=len)]
+        if report.failed or name not in outcomes:
+            outcomes[name] = report.outcome
 
 
 def pytest_sessionfinish(session):

@@ -93,9 +93,10 @@ def _reason(kind: str) -> str:
 def _modality(kind: str) -> str:
     """What the family named like its type is tried with."""
     model_class = getattr(transformers, registered().get(kind, ""), None)
-    arguments = inspect.signature(model_class.forward).parameters if model_class else {}
-    pictures = any("pixel_values" in name for name in arguments)
-    return "images" if pictures or model_class is None else "audio"
+    if model_class is None:
+        return "audio" if FAMILIES[kind].build.__module__.endswith(("audio", "speech")) else "images"
+    arguments = inspect.signature(model_class.forward).parameters
+    return "images" if any("pixel_values" in name for name in arguments) else "audio"
 
 
 def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]]) -> str:
@@ -105,7 +106,8 @@ def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]])
         failed = sorted(test for test, outcome in outcomes[name].items() if outcome == "failed")
         label = f"{name.removeprefix(kind).strip('-')}: " if name != kind else ""
         remarks += [f"**{label}{test} failed**" for test in failed]
-        remarks += [f"{label}{family.remark}"] if family.remark else []
+        if family.remark and not any(family.remark in remark for remark in remarks):
+            remarks.append(f"{label}{family.remark}")
         remarks += [f"{label}without {test.replace('_', ' ')}: {why}" for test, why in family.without.items()]
     variants = [name.removeprefix(kind).strip("-") for name in names if name != kind]
     tried = ", ".join(([_modality(kind)] if kind in names else []) + variants)
