@@ -318,7 +318,9 @@ class Insertion:
                 stages[layer] = None
             else:
                 waiting = multimodal & (per_row > layer)[:, None]
-                stages[layer] = rows_of(real & ~waiting)
+                rows = rows_of(real & ~waiting)
+                everything = not rows.ragged and rows.count == rows.length
+                stages[layer] = None if everything else rows
         if deepest == self.num_layers:
             del stages[deepest]
         return stages

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import reference_logits
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from zoo import FAMILIES, LAYERS, logits_of
 
 from backbones import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
@@ -419,3 +420,12 @@ def test_generation_from_embeddings_equals_generation_from_ids():
         with insert_at(model, 3, multimodal_mask=multimodal):
             got = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
     assert torch.equal(got, expected)
+
+
+def test_a_batch_without_images_is_the_stock_models(family, stock, inserted):
+    inputs = family.batch(stock, [(5,), (5,)])
+    set_insert_layer(inserted, 3)
+    with torch.no_grad():
+        output = inserted(**inputs, use_cache=True)
+    assert torch.equal(output.logits, logits_of(stock, inputs))
+    assert {type(layer) for layer in output.past_key_values.layers} == {DynamicLayer}
