@@ -349,6 +349,10 @@ class Insertion:
         self, index: int, stock: Callable[..., Any], call: dict[str, Any], forward: Forward
     ) -> Any:
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
+            if forward is not None:
+                # Rows may join here: an earlier turn on this cache had them wait longer.
+                first = self.layer_arguments[0]
+                call[first] = forward.enter(index, call[first])
         keys = LayerKeys(call.get("past_key_values"), index, forward.length)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
             return stock(hidden, **call)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
+from reference import waiting_below
+from torch import nn
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, QuantizedCache, StaticCache
 from zoo import FAMILIES, PLACEHOLDER, TEXT, VISION, Family, logits_of
 from zoo.llava_like import square_images
@@ -172,3 +175,34 @@ def test_decoding_with_assistance(family, model):
     expected = generate(model, inputs, 3, max_new_tokens=14)
     got = generate(model, inputs, 3, max_new_tokens=14, prompt_lookup_num_tokens=3)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("first, then", [(3, 1), (4, 2), (3, 0), (1, 3)])
+def test_a_later_turn_at_another_layer(family, model, kind, first, then):
+    """What was said before is as it was; the new image is inserted at the new layer."""
+    whole = family.batch(model, [(3, 0, 4), (9,)])
+    said = family.batch(model, [(3, 0, 4)])["input_ids"].shape[1]
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=32)
+    ids = torch.cat([whole["input_ids"][:1, :said], torch.tensor([[PLACEHOLDER] * 4 + [30, 31]])], dim=1)
+    mask = torch.ones_like(ids)
+    image = family.media(model, [[7]]).inputs["pixel_values"]
+    for layer, place, pixels in (
+        (first, slice(0, said), whole["pixel_values"]),
+        (then, slice(said, None), image),
+    ):
+        turn = {"input_ids": ids[:, place], "attention_mask": mask[:, : place.stop], "pixel_values": pixels}
+        with insert_at(model, layer):
+            got = logits_of(model, turn, past_key_values=cache, use_cache=True)
+    plain = family.model(attention="eager")
+    depths = torch.where(ids[0] == PLACEHOLDER, then, 0)
+    depths[:said] = torch.where(ids[0, :said] == PLACEHOLDER, first, 0)
+    layers = plain.get_decoder().layers
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(waiting_below(nn.ModuleList([layer]), 1, depths > index))
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        pixels = torch.cat([whole["pixel_values"], image])
+        expected = logits_of(plain, inputs, pixel_values=pixels, use_cache=False)
+    torch.testing.assert_close(got, expected[:, said:], atol=1e-5, rtol=1e-5)
