@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static, sees_all
 from .families import (
@@ -277,7 +277,7 @@ class Insertion:
         if self.told:
             seen = Sightings(scattered=told_positions(call), embedded=embeds)
         multimodal = self.multimodal(seen, embeds)
-        return {} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask"))
+        return {} if multimodal is None else self.plan(layers, multimodal, call)
 
     def run(
         self,
@@ -291,7 +291,7 @@ class Insertion:
         embeds = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
         forward = Forward(
             length=embeds.shape[1],
-            stages={} if multimodal is None else self.plan(layers, multimodal, call.get("attention_mask")),
+            stages={} if multimodal is None else self.plan(layers, multimodal, call),
             causal=self.causal,
             flash="flash" in str(self.stack.config._attn_implementation),
             between=any(name.startswith("deepstack") and call[name] is not None for name in call),
@@ -307,11 +307,13 @@ class Insertion:
             output.hidden_states = tuple(forward.full_length(states))
         return output
 
-    def plan(self, layers: Sequence[int], multimodal: Tensor, mask: Any) -> dict[int, Rows | None]:
+    def plan(self, layers: Sequence[int], multimodal: Tensor, call: dict[str, Any]) -> dict[int, Rows | None]:
         """Rows alive from each layer on at which that changes; real padding never enters a short layer."""
         deepest = max(layers)
         per_row = torch.tensor(layers, device=multimodal.device)
-        real = real_positions(mask, multimodal)
+        past = call.get("past_key_values")
+        seen = int(past.get_seq_length()) if isinstance(past, Cache) else 0
+        real = real_positions(call.get("attention_mask"), multimodal, seen)
         stages: dict[int, Rows | None] = {}
         for layer in sorted({0, *layers}):
             if layer == deepest:

@@ -87,8 +87,12 @@ def _for_batch(mask: Tensor, embeds: Tensor) -> Tensor:
     return mask.to(embeds.device, torch.bool).repeat_interleave(batch // mask.shape[0], dim=0)
 
 
-def real_positions(mask: Any, multimodal: Tensor) -> Tensor:
-    """(B, S) bool of the positions that are no padding, as far as a 2-D `mask` (B, P+S) says it."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+def real_positions(mask: Any, multimodal: Tensor, past: int) -> Tensor:
+    """(B, S) bool of the positions that are no padding, as far as a 2-D `mask` (B, P+S) says it.
+
+    `past` is P; a mask for a static cache may be as long as that from the start.
+    """
+    length = multimodal.shape[1]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < past + length:
         return torch.ones_like(multimodal)
-    return mask[:, -multimodal.shape[1] :].to(device=multimodal.device, dtype=torch.bool)
+    return mask[:, past : past + length].to(device=multimodal.device, dtype=torch.bool)

@@ -206,3 +206,17 @@ def test_a_later_turn_at_another_layer(family, model, kind, first, then):
         pixels = torch.cat([whole["pixel_values"], image])
         expected = logits_of(plain, inputs, pixel_values=pixels, use_cache=False)
     torch.testing.assert_close(got, expected[:, said:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_as_long_as_a_static_cache():
+    """What is not said yet may be 0 in it."""
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(), 3)
+    inputs = family.batch(model, ROWS)
+    expected = logits_of(model, inputs)
+    batch, length = inputs["input_ids"].shape
+    mask = torch.cat([inputs["attention_mask"], torch.zeros(batch, 40 - length, dtype=torch.long)], dim=1)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
+    got = logits_of(model, inputs | {"attention_mask": mask}, past_key_values=cache, use_cache=True)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
