@@ -176,10 +176,15 @@ class Insertion:
             self.progress.seen = seen
 
     def entered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked."""
+        """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked.
+
+        What was embedded before may be another prompt, unless it is what the model is given.
+        """
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.ndim == 2:
             self.seen = Sightings(input_ids=ids, entered=True)
+        elif kwargs.get("inputs_embeds") is not self.seen.embedded:
+            self.seen = Sightings()
 
     def left(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook after the model, also where it failed before the stack."""
@@ -342,6 +347,10 @@ class Insertion:
         call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
         past: Any = call.get("past_key_values")
         if forward is None or (forward.whole_at(index) and is_short_static(past, index)):
+            if forward is not None:
+                # Rows may join here: an earlier turn on this cache had them wait longer.
+                first = self.layer_arguments[0]
+                call[first] = forward.enter(index, call[first])
             return _on_static_cache(index, stock, call, 1 if forward is None else forward.length)
         if forward.decodes and sees_all(past, index, call.get("attention_mask")):
             return stock(*args, **kwargs)
@@ -351,10 +360,6 @@ class Insertion:
         self, index: int, stock: Callable[..., Any], call: dict[str, Any], forward: Forward
     ) -> Any:
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
-            if forward is not None:
-                # Rows may join here: an earlier turn on this cache had them wait longer.
-                first = self.layer_arguments[0]
-                call[first] = forward.enter(index, call[first])
         keys = LayerKeys(call.get("past_key_values"), index, forward.length)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
             return stock(hidden, **call)

@@ -429,3 +429,17 @@ def test_a_batch_without_images_is_the_stock_models(family, stock, inserted):
         output = inserted(**inputs, use_cache=True)
     assert torch.equal(output.logits, logits_of(stock, inputs))
     assert {type(layer) for layer in output.past_key_values.layers} == {DynamicLayer}
+
+
+def test_embeddings_of_another_prompt_say_nothing():
+    """Two prompts of one length are embedded before the first is given to the model."""
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(), 3)
+    with torch.no_grad():
+        one, two = (
+            model.get_input_embeddings()(family.batch(model, rows)["input_ids"]).clone()
+            for rows in ([(3, 0, 4)], [(0, 7)])
+        )
+        assert one.shape == two.shape
+        with pytest.raises(ValueError, match="multimodal_mask"):
+            model(inputs_embeds=one)
