@@ -29,7 +29,7 @@ _ROW_DIMENSION = {
 }
 """Where the rows are in what a stack hands each layer."""
 
-_ROWLESS = frozenset({"past_key_values", "num_items_in_batch", "labels"})
+_ROWLESS = frozenset({"past_key_values", "cache_position", "num_items_in_batch", "labels"})
 """What reaches the layers but is not read row by row there."""
 
 

@@ -443,3 +443,18 @@ def test_embeddings_of_another_prompt_say_nothing():
         assert one.shape == two.shape
         with pytest.raises(ValueError, match="multimodal_mask"):
             model(inputs_embeds=one)
+
+
+def test_what_older_loops_pass_is_not_in_the_way():
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(), 3)
+    inputs = family.batch(model, ROWS, "left")
+    place = torch.arange(inputs["input_ids"].shape[1])
+    assert torch.equal(logits_of(model, inputs, cache_position=place), logits_of(model, inputs))
+
+
+def test_flex_attention_is_refused_with_the_reason():
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(attention="flex_attention"), 3)
+    with pytest.raises(TypeError, match="sdpa, eager or flash attention"):
+        logits_of(model, family.batch(model, ROWS, "left"))
