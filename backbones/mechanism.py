@@ -31,6 +31,7 @@ from .families import (
     is_recurrent,
     placeholder_methods,
     placeholder_token_ids,
+    window_of,
 )
 from .forward import Forward
 from .grouping import can_group, in_groups
@@ -93,6 +94,7 @@ class Insertion:
         self.stack_arguments = list(inspect.signature(stack.forward).parameters)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
+        self.windows = [window_of(stack, index) for index in range(self.num_layers)]
         self.owner = find_placeholder_owner(model)
         self.causal = not is_encoder_decoder(model)
         self.embedding = model.get_input_embeddings()
@@ -123,6 +125,18 @@ class Insertion:
                 f"a prompt of {length} positions: this model scales attention by the number of a row from "
                 f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
             )
+
+    def check_window(self, index: int, keys: LayerKeys) -> None:
+        """FlashAttention measures a window in the rows it is given. One new row that its cache keeps a window
+        for is given no other."""
+        window, total = self.windows[index], keys.past + keys.length
+        if window is None or total <= window or (keys.length == 1 and keys.windowed):
+            return
+        raise UnsupportedModelError(
+            f"{self.stack.config._attn_implementation!r} measures the window of {window} positions of layer "
+            f"{index} in rows, which are fewer than the {total} positions: call "
+            'model.set_attn_implementation("sdpa"), or insert at layer 0'
+        )
 
     def install(self) -> None:
         setattr(self.stack, ATTRIBUTE, self)
@@ -348,11 +362,13 @@ class Insertion:
         if forward.rows is None and is_short_static(call.get("past_key_values"), index):
             return _on_static_cache(index, partial(stock, hidden), call, forward.length)
         keys = LayerKeys(call.get("past_key_values"), index, forward.length)
+        if forward.flash and (forward.rows is not None or keys.short):
+            self.check_window(index, keys)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
             output = stock(hidden, **call)
         else:
             if forward.rows is not None:
-                keys.check_can_skip()
+                keys.check_can_skip(call.get("attention_mask"))
                 if self.recurrent[index] and forward.rows.ragged:
                     check_can_continue(call.get("past_key_values"), index)
                 self.check_length(keys.past + forward.length)
