@@ -369,7 +369,10 @@ class Insertion:
         else:
             if forward.rows is not None:
                 keys.check_can_skip(call.get("attention_mask"))
-                if self.recurrent[index] and forward.rows.ragged:
+                if self.recurrent[index] and forward.rows.empty:
+                    # The dummies' state is nobody's.
+                    call["past_key_values"] = None
+                elif self.recurrent[index] and forward.rows.ragged:
                     check_can_continue(call.get("past_key_values"), index)
                 self.check_length(keys.past + forward.length)
             columns = forward.columns(keys, hidden)
