@@ -161,8 +161,8 @@ def check_can_continue(cache: Cache | None, index: int) -> None:
     if isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()):
         raise UnsupportedCacheError(
             f"layer {index} carries a recurrent state, which a batch cannot continue where its rows have "
-            "different numbers of text tokens beside multimodal ones: continue one row at a time, or insert at "
-            "layer 0"
+            "different numbers of text tokens beside multimodal ones: continue one row at a time, or "
+            "insert at layer 0"
         )
 
 
