@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -169,8 +170,8 @@ def check_can_continue(cache: Cache | None, index: int) -> None:
     if isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()):
         raise UnsupportedCacheError(
             f"layer {index} carries a recurrent state, which a batch cannot continue where its rows have "
-            "different numbers of text tokens, or none, beside multimodal ones: continue one row at a time, "
-            "with text, or insert at layer 0"
+            "different numbers of text tokens beside multimodal ones: continue one row at a time, or "
+            "insert at layer 0"
         )
 
 
@@ -236,10 +237,16 @@ class LayerKeys:
         """Whether the layer needs another mask than `mask` for new rows that are all alive."""
         return self.short and (mask is not None or self.holes or self.length > 1)
 
-    def check_can_skip(self) -> None:
-        """Raise `UnsupportedCacheError` where the layer is of a kind that cannot skip tokens."""
+    def check_can_skip(self, mask: Any = None) -> None:
+        """Raise `UnsupportedCacheError` where the layer is of a kind that cannot skip tokens, or not with
+        attention that takes such a `mask`."""
         if self.cache is None:
             return
+        if self.static and isinstance(mask, BlockMask):
+            raise UnsupportedCacheError(
+                "a static cache cannot skip multimodal tokens with 'flex_attention': use the default "
+                'DynamicCache, or call model.set_attn_implementation("sdpa")'
+            )
         kind: Any = type(self.layer) if self.layer is not None else self.cache.layer_class_to_replicate
         growing = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, *QUANTISED)
         if self.short or kind in (*growing, StaticLayer, StaticSlidingWindowLayer):

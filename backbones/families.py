@@ -118,3 +118,10 @@ def is_recurrent(stack: Any, index: int) -> bool:
     """Whether decoder layer `index` carries a state from row to row (linear attention, short convolution)."""
     kinds = getattr(stack.config, "layer_types", None) or []
     return index < len(kinds) and kinds[index] in RECURRENT
+
+
+def window_of(stack: Any, index: int) -> int | None:
+    """How many positions decoder layer `index` sees at most; None where it sees all."""
+    kinds = getattr(stack.config, "layer_types", None) or []
+    sliding = "sliding" in kinds[index] if index < len(kinds) else True
+    return getattr(stack.config, "sliding_window", None) if sliding else None

@@ -145,6 +145,7 @@ class Forward:
         rows = self.rows
         chosen = dict(arguments)
         for name, value in arguments.items():
+            make: Callable[[], Any]
             if name == "attention_mask" and recurrent:
                 make = partial(row_mask, value, rows)
                 chosen[name] = self.once(("rows", id(value), id(rows)), (value, rows), make)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .cache import KEYLESS, KeyMap, become_short, is_empty, is_short, stored_keys
@@ -41,7 +42,10 @@ Run = Callable[[Sequence[int], Tensor, dict[str, Any]], Any]
 def can_group(stack: Any, layers: Sequence[int], call: dict[str, Any]) -> bool:
     """Whether a call of `stack` can be divided by rows: several insert layers, an empty cache or none,
     nothing recorded on the way, and no argument whose rows are unknown."""
-    past = call.get("past_key_values")
+    past, mask = call.get("past_key_values"), call.get("attention_mask")
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    if any(isinstance(each, BlockMask) for each in masks):
+        return False
     if len(set(layers)) == 1 or any(call.get(name, getattr(stack.config, name, False)) for name in _RECORDED):
         return False
     if past is not None and not (is_empty(past) and _can_join(past)):

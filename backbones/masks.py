@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from .flex_masks import select_block_mask
 from .rows import Rows, gather_rows
 
 
@@ -31,19 +33,19 @@ class Columns:
 
 
 def select_mask(
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     rows: Rows | None,
     queries: int,
     columns: Columns,
     flash: bool = False,
     causal: bool = True,
-) -> Tensor | None:
+) -> Tensor | BlockMask | None:
     """The part of `mask` between the alive rows and the keys of `columns`.
 
     `mask` is what the stock model hands its layers: None (plain causal, or without `causal` all to all),
-    (B, P+S) or (B|1, H|1, S, P+S) for P earlier positions. `rows` are the alive ones of the S = `queries` new
-    rows, None for all; `flash` says whether the kernel takes 2-D masks only. Returns the mask for R rows and
-    K keys, of the same kind, or None where it means the same.
+    (B, P+S), (B|1, H|1, S, P+S), or flex attention's of that shape, for P earlier positions. `rows` are the
+    alive ones of the S = `queries` new rows, None for all; `flash` says whether the kernel takes 2-D masks
+    only. Returns the mask for R rows and K keys, of the same kind, or None where it means the same.
     """
     position, holes = columns.position, columns.holes
     if mask is None:
@@ -51,6 +53,8 @@ def select_mask(
         if not holes and (count == 1 or count == position.shape[1]):
             return None
         return position >= columns.offset if flash else _plain_mask(columns, count, causal)
+    if isinstance(mask, BlockMask):
+        return select_block_mask(mask, rows, queries, position, columns.own, columns.offset)
     if mask.ndim not in (2, 4):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)}: an insert layer needs a mask of 2 or 4 dimensions"

@@ -31,6 +31,7 @@ from .families import (
     is_recurrent,
     placeholder_methods,
     placeholder_token_ids,
+    window_of,
 )
 from .forward import Forward
 from .grouping import can_group, in_groups
@@ -93,6 +94,7 @@ class Insertion:
         self.stack_arguments = list(inspect.signature(stack.forward).parameters)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
         self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
+        self.windows = [window_of(stack, index) for index in range(self.num_layers)]
         self.owner = find_placeholder_owner(model)
         self.causal = not is_encoder_decoder(model)
         self.embedding = model.get_input_embeddings()
@@ -116,6 +118,18 @@ class Insertion:
             raise ValueError(
                 f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
             )
+
+    def check_window(self, index: int, keys: LayerKeys) -> None:
+        """FlashAttention measures a window in the rows it is given. One new row that its cache keeps a window
+        for is given no other."""
+        window, total = self.windows[index], keys.past + keys.length
+        if window is None or total <= window or (keys.length == 1 and keys.windowed):
+            return
+        raise UnsupportedModelError(
+            f"{self.stack.config._attn_implementation!r} measures the window of {window} positions of layer "
+            f"{index} in rows, which are fewer than the {total} positions: call "
+            'model.set_attn_implementation("sdpa"), or insert at layer 0'
+        )
 
     def install(self) -> None:
         setattr(self.stack, ATTRIBUTE, self)
@@ -352,7 +366,7 @@ class Insertion:
                 first = self.layer_arguments[0]
                 call[first] = forward.enter(index, call[first])
             return _on_static_cache(index, stock, call, 1 if forward is None else forward.length)
-        if forward.decodes and sees_all(past, index, call.get("attention_mask")):
+        if forward.decodes and not forward.flash and sees_all(past, index, call.get("attention_mask")):
             return stock(*args, **kwargs)
         return self.call_with_rows(index, stock, call, forward)
 
@@ -361,6 +375,8 @@ class Insertion:
     ) -> Any:
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
         keys = LayerKeys(call.get("past_key_values"), index, forward.length)
+        if forward.flash and (forward.rows is not None or keys.short):
+            self.check_window(index, keys)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
             return stock(hidden, **call)
         if forward.rows is not None:

@@ -63,10 +63,12 @@ class Sightings:
 
 
 def told_positions(call: Mapping[str, Any]) -> Tensor | None:
-    """(B, S) bool of the positions that a call of the stack names itself; None where it names none."""
-    past = call.get("past_key_values")
+    """(B, S) bool of the positions that a call of the stack names itself; None where it names none.
+
+    Also in a later turn on a kept cache, whose images Kosmos-2.5 reads, and Kosmos-2 leaves out.
+    """
     for name in POSITION_ARGUMENTS:
-        if call.get(name) is not None and (past is None or past.get_seq_length() == 0):
+        if call.get(name) is not None:
             return call[name].bool()
     return None
 

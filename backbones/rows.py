@@ -19,12 +19,13 @@ class Rows:
     """The rows alive during a stage, a run of layers between two insertions.
 
     `index` (B, R) holds positions in the full sequence of length `length`, ascending; a dummy has the value
-    `length`. `ragged` says whether there are dummies.
+    `length`. `ragged` says whether there are dummies, `empty` whether there is nothing else.
     """
 
     index: Tensor
     length: int
     ragged: bool
+    empty: bool = False
 
     @cached_property
     def reading(self) -> Tensor:
@@ -60,6 +61,7 @@ def rows_of(alive: Tensor) -> Rows:
     length = alive.shape[1]
     counts = alive.sum(dim=1)
     fewest, most = torch.stack(torch.aminmax(counts)).tolist()
+    empty = most == 0
     # No row of the batch has a token here: one dummy each, as a layer cannot be called with nothing.
     most = max(most, 1)
     # A stable sort puts dead positions first and keeps the order among the living.
@@ -68,7 +70,7 @@ def rows_of(alive: Tensor) -> Rows:
     if ragged:
         dummy = torch.arange(most, device=alive.device) < (most - counts)[:, None]
         index = index.masked_fill(dummy, length)
-    return Rows(index, length, ragged)
+    return Rows(index, length, ragged, empty)
 
 
 def gather_rows(tensor: Tensor, index: Tensor, batch_dim: int, dim: int) -> Tensor:

@@ -13,8 +13,9 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 from zoo import FAMILIES, PLACEHOLDER, TEXT, VISION, Family, logits_of
 from zoo.llava_like import square_images
 
-from backbones import deep_insert, insert_at
-from backbones.cache import stored_keys
+from backbones import UnsupportedModelError, deep_insert, insert_at
+from backbones.cache import LayerKeys, stored_keys
+from backbones.mechanism import ATTRIBUTE
 
 WINDOW = 6
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]
@@ -220,3 +221,28 @@ def test_a_mask_as_long_as_a_static_cache():
     got = logits_of(model, inputs | {"attention_mask": mask}, past_key_values=cache, use_cache=True)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_measures_a_window_in_rows():
+    """In a short layer it would reach farther than in the stock model. The check is before any kernel."""
+    model = deep_insert(SLIDING.model(), 3)
+    inputs = SLIDING.batch(model, [(3, 0, 4)])
+    stack = model.get_decoder()
+    stack.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match=r"flash_attention_2.*set_attn_implementation"):
+        logits_of(model, inputs)
+    insertion = getattr(stack, ATTRIBUTE)
+    insertion.check_window(0, LayerKeys(None, 0, WINDOW))
+    insertion.check_window(1, LayerKeys(None, 1, WINDOW + 1))
+    with pytest.raises(UnsupportedModelError, match=f"window of {WINDOW} positions of layer 2"):
+        insertion.check_window(2, LayerKeys(None, 2, WINDOW + 1))
+    model.set_attn_implementation("sdpa")
+    assert logits_of(model, inputs).isfinite().all()
+
+
+def test_an_offloaded_cache_is_not_refused():
+    """Stock offloading waits for CUDA streams; before that, nothing of ours is in its way."""
+    model = deep_insert(FAMILIES["llava"].model(), 3)
+    cache = DynamicCache(config=model.config.get_text_config(), offloading=True)
+    for index in range(4):
+        LayerKeys(cache, index, 5).check_can_skip()

@@ -114,6 +114,35 @@ def test_prompt_lookup_decoding_equals_greedy(family, stock, inserted):
     assert torch.equal(greedy, looked_up)
 
 
+def test_assisted_decoding_equals_greedy():
+    """The assistant is the same model at another insert layer, often wrong: the cache is cropped."""
+    family = FAMILIES["llava"]
+    model, assistant = deep_insert(family.model(), 3), deep_insert(family.model(), 4)
+    inputs = family.batch(model, [(3, 0, 4)], "left")
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        greedy = model.generate(**inputs, **options)
+        assisted = model.generate(**inputs, **options, assistant_model=assistant)
+        with insert_at(model, 4):
+            assert not torch.equal(model.generate(**inputs, **options), greedy)
+    assert torch.equal(greedy, assisted)
+
+
+def test_bf16_is_as_near_to_float32_as_the_reference_in_bf16():
+    family = FAMILIES["llava"]
+    exact = family.model(attention="eager")
+    half, model = copy.deepcopy(exact).bfloat16(), deep_insert(family.model().bfloat16(), 3)
+    inputs = family.batch(exact, [(3, 0, 4)])
+    less = inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}
+    with torch.no_grad():
+        expected = reference_of(exact, inputs, family, 3)
+        near = reference_of(half, less, family, 3)
+    got = logits_of(model, less)[0]
+    assert got.dtype == torch.bfloat16
+    step = torch.finfo(torch.bfloat16).eps * expected.norm()
+    assert (got - expected).norm() <= 2 * (near - expected).norm() + step
+
+
 def test_chunked_prefill_equals_one_prefill():
     """Some chunks are image tokens alone."""
     family = FAMILIES["llava"]

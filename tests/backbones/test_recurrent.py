@@ -54,3 +54,12 @@ def test_dummies_never_follow_a_state(family, model):
     rows = [(4, 0, 3), (3, 1, 0, 7)]
     with insert_at(model, 3), pytest.raises(UnsupportedCacheError, match="recurrent state"):
         in_two_turns(family, model, rows, first=4)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_chunk_of_image_tokens_alone_leaves_the_state_as_it_is(family, model, size):
+    inputs = family.batch(model, [(3, 0, 4)])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with insert_at(model, 3), torch.no_grad():
+        whole = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=size), whole)
