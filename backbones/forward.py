@@ -44,6 +44,18 @@ def _take(rows: Rows, value: Any, dim: int) -> Any:
     return rows.take(value, dim)
 
 
+def _packed_positions(rows: Rows, value: Tensor) -> Tensor:
+    """(1, R) places of the alive rows in the packed sequences that `value` (1, S) numbers, none left out.
+
+    A flash kernel looks for a sequence's first position, which may be that of a row that waits.
+    """
+    sequence = rows.take((value == value.min()).cumsum(-1), -1)
+    place = torch.arange(sequence.shape[-1], device=value.device).expand_as(sequence)
+    starts = torch.ones_like(sequence, dtype=torch.bool)
+    starts[..., 1:] = sequence[..., 1:] != sequence[..., :-1]
+    return place - (place * starts).cummax(-1).values
+
+
 @dataclass
 class Forward:
     """One forward of the stack in which some layer sees fewer rows than there are.
@@ -154,6 +166,9 @@ class Forward:
                 chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
                 continue
+            elif name == "position_ids" and self.flash and value.ndim == 2 and len(value) == 1:
+                place = partial(_packed_positions, rows, value)
+                chosen[name] = self.once((name, id(value), id(rows)), (value, rows), place)
             elif name in _ROW_DIMENSION:
                 take = partial(_take, rows, value, _ROW_DIMENSION[name])
                 chosen[name] = self.once((name, id(value), id(rows)), (value, rows), take)

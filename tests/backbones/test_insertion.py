@@ -480,10 +480,3 @@ def test_what_older_loops_pass_is_not_in_the_way():
     inputs = family.batch(model, ROWS, "left")
     place = torch.arange(inputs["input_ids"].shape[1])
     assert torch.equal(logits_of(model, inputs, cache_position=place), logits_of(model, inputs))
-
-
-def test_flex_attention_is_refused_with_the_reason():
-    family = FAMILIES["llava"]
-    model = deep_insert(family.model(attention="flex_attention"), 3)
-    with pytest.raises(TypeError, match="sdpa, eager or flash attention"):
-        logits_of(model, family.batch(model, ROWS, "left"))
