@@ -82,7 +82,7 @@ def _short_kind(kind: Any) -> type:
             length = super().get_seq_length()
             if hasattr(self, "cumulative_length"):
                 return length  # Kept by `become_short`; only a plain layer derives it from its keys.
-            return length + self.keymap.skipped if length else 0
+            return length + self.keymap.skipped
 
         def reset(self) -> None:
             super().reset()

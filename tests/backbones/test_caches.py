@@ -246,3 +246,16 @@ def test_an_offloaded_cache_is_not_refused():
     cache = DynamicCache(config=model.config.get_text_config(), offloading=True)
     for index in range(4):
         LayerKeys(cache, index, 5).check_can_skip()
+
+
+def test_all_words_behind_an_image_taken_back():
+    family = FAMILIES["llava"]
+    model = deep_insert(family.model(), 3)
+    inputs = family.batch(model, [(0, 6)])
+    expected = logits_of(model, inputs)
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits_of(model, inputs, past_key_values=cache, use_cache=True)
+    cache.crop(-6)
+    again = {"input_ids": inputs["input_ids"][:, -6:], "attention_mask": inputs["attention_mask"]}
+    got = logits_of(model, again, past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(got, expected[:, -6:], atol=1e-5, rtol=1e-5)

@@ -53,7 +53,7 @@ def test_generation(family, eager, flex, layers):
 
 @pytest.mark.slow
 def test_compiled(family, eager, flex):
-    """Inductor's C++ for shapes that change does not compile in torch 2.13, for the stock model neither."""
+    """With fixed shapes: inductor's C++ for shapes that change does not compile in torch 2.13."""
     inputs = family.batch(eager)
     real = inputs["attention_mask"].bool()
     torch.compiler.reset()
