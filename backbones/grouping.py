@@ -50,6 +50,8 @@ def can_group(stack: Any, layers: Sequence[int], call: dict[str, Any]) -> bool:
         return False
     if past is not None and not (is_empty(past) and _can_join(past)):
         return False
+    if call.get("return_dict") is False:
+        return False
     return all(
         name in _BATCH_DIMENSION or name in _SHARED or name == "deepstack_visual_embeds"
         for name, value in call.items()

@@ -380,7 +380,10 @@ class Insertion:
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
             return stock(hidden, **call)
         if forward.rows is not None:
-            self.check_can_leave_out(index, call.get("past_key_values"), keys, forward.rows)
+            self.check_can_leave_out(index, call, keys, forward.rows)
+            if self.recurrent[index] and forward.rows.empty:
+                # The dummies' state is nobody's.
+                call["past_key_values"] = None
         columns = forward.columns(keys, hidden)
         output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
         if forward.rows is None:
@@ -390,11 +393,11 @@ class Insertion:
             return _map_hidden(output, forward.put_back)
         return output
 
-    def check_can_leave_out(self, index: int, cache: Any, keys: LayerKeys, rows: Rows) -> None:
+    def check_can_leave_out(self, index: int, call: dict[str, Any], keys: LayerKeys, rows: Rows) -> None:
         """Raise where layer `index` or its cache cannot be given some rows only."""
-        keys.check_can_skip()
-        if self.recurrent[index] and rows.ragged:
-            check_can_continue(cache, index)
+        keys.check_can_skip(call.get("attention_mask"))
+        if self.recurrent[index] and rows.ragged and not rows.empty:
+            check_can_continue(call.get("past_key_values"), index)
         end = keys.past + keys.length
         if self.farthest is not None and end > self.farthest:
             raise UnsupportedModelError(
