@@ -77,6 +77,7 @@ class GroupForward:
         self.texts: Texts = {}
         self.apart: str | None = None
 
+    @torch.inference_mode()
     def run(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
         """The prompts at each of `insert_layers`; those about the same images share what they can.
 
@@ -86,21 +87,20 @@ class GroupForward:
         """
         result = GroupResult.empty(len(prompts), len(insert_layers))
         left = set(range(len(prompts)))
-        with torch.inference_mode():
-            for group in group_prompts(self.backbone.processor, prompts):
-                try:
-                    result.put(group.members, self._together(group, insert_layers))
-                except CannotShareError as error:
-                    self.apart = str(error)
-                else:
-                    left -= set(group.members)
-            without = [index for index in sorted(left) if not prompts[index].images]
-            alone = sorted(left - set(without))
-            # Without an image nothing enters, whatever the layer.
-            for members, layers in ((without, insert_layers[:1]), (alone, insert_layers)):
-                for start in range(0, len(members), MOST_ROWS):
-                    some = members[start : start + MOST_ROWS]
-                    result.put(some, self._one_by_one([prompts[index] for index in some], layers))
+        for group in group_prompts(self.backbone.processor, prompts):
+            try:
+                result.put(group.members, self._together(group, insert_layers))
+            except CannotShareError as error:
+                self.apart = str(error)
+            else:
+                left -= set(group.members)
+        without = [index for index in sorted(left) if not prompts[index].images]
+        alone = sorted(left - set(without))
+        # Without an image nothing enters, whatever the layer.
+        for members, layers in ((without, insert_layers[:1]), (alone, insert_layers)):
+            for start in range(0, len(members), MOST_ROWS):
+                some = members[start : start + MOST_ROWS]
+                result.put(some, self.one_by_one([prompts[index] for index in some], layers))
         return result
 
     def _together(self, group: GroupPrompts, insert_layers: Sequence[int]) -> GroupResult:
@@ -124,15 +124,16 @@ class GroupForward:
             answers[index].judge(shared, states, result, insert_layers.index(layer))
         return result
 
-    def _one_by_one(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
-        """Each prompt by itself, in padded batches."""
+    @torch.inference_mode()
+    def one_by_one(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
+        """As `run`, each prompt by itself in padded batches, at one insert layer after the other."""
         forward = BlockForward(self.backbone, prompts)
         inputs = forward.encode(slice(None))
         half = len(prompts) // 2
         if half and inputs["input_ids"].numel() > self.batch_tokens:
             result = GroupResult.empty(len(prompts), len(insert_layers))
             for start, stop in ((0, half), (half, len(prompts))):
-                part = self._one_by_one(prompts[start:stop], insert_layers)
+                part = self.one_by_one(prompts[start:stop], insert_layers)
                 result.put(range(start, stop), part)
             return result
         result = GroupResult.empty(len(prompts), len(insert_layers))
