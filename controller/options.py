@@ -125,7 +125,7 @@ class DataOptions:
     sources: str = ""
     """Sources to keep, by the first part of the image path: coco,textvqa,gqa ("text" has no image)."""
     fraction: float = 1.0
-    """Share of the records to keep, drawn with the seed."""
+    """Share of the records to keep, drawn with the seed image by image, with all that is asked about each."""
     max_bad: str = "0.5%"
     """Share of records that may have a missing or broken image before the command stops."""
 
@@ -173,7 +173,7 @@ class RecommendOptions(RunOptions, BackboneOptions):
     sources: str = ""
     """Sources to keep, by the first part of the image path."""
     fraction: float = 1.0
-    """Share of the records to keep, drawn with the seed."""
+    """Share of the records to keep, drawn with the seed image by image, with all that is asked about each."""
     max_bad: str = "0.5%"
     """Share of records that may have a missing or broken image before the command stops."""
 
