@@ -73,7 +73,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     - `bonus`: "depth" or "flops";
     - `normaliser`: applied to the observations. By default fitted to the prompts' embeddings; with a table,
       observations are taken as they come, clipped;
-    - `batch_size`: prompts per forward (with a backbone).
+    - `batch_size`: prompts embedded at a time (with a backbone).
 
     ## Reset Options
     `reset(options={"prompt": i})` starts with prompt `i`, 0 to P-1, and draws nothing.
@@ -112,7 +112,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         if (backbone is None) == (table is None):
             raise TypeError("give either backbone and prompts, or table and observations")
         if backbone is not None and prompts is not None:
-            table = RewardTable(backbone, prompts, insert_layers, batch_size)
+            table = RewardTable(backbone, prompts, insert_layers)
             observations = prompt_embeddings(backbone, prompts, batch_size)
             normaliser = normaliser or Normaliser.fit(observations)
         elif insert_layers != "all":
