@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from backbones import load_backbone
 from envs.instructions import split_by_image
-from envs.observations import Normaliser, prompt_embeddings
-from envs.rewards import RewardTable
+from envs.observations import Normaliser, Observation, prompt_embeddings
+from envs.rewards import Bonus, RewardTable
+from envs.skip_weights import SkipWeights
 from envs.vector_env import InsertLayerVecEnv
 
-from .baselines import PAPER_MEAN_DEPTH, best_fixed_column, judge, nearest_neighbour_columns
+from .baselines import PAPER_MEAN_DEPTH, judge, nearest_neighbour_columns
 from .data import image_prompts
 from .options import TrainPolicyOptions, check, parse_layers
 from .plots import policy_rewards
@@ -144,7 +145,7 @@ def train_policy(
     observations: ArrayLike,
     *,
     skip_weight: float = 0.5,
-    bonus: Literal["depth", "flops"] = "depth",
+    bonus: Bonus = "depth",
     steps: int = 40_000,
     seed: int = 0,
     log_folder: Path | None = None,
@@ -169,24 +170,21 @@ def train_policy(
         model = ppo(env, seed)
         model.set_logger(configure_logger(log_folder))
         model.learn(steps, callback=RewardLog(skip_weight, steps), log_interval=1)
-    rewards = table.rewards(skip_weight, bonus)
     return LayerPolicy(
         insert_layers=table.insert_layers,
         num_layers=table.num_layers,
+        skip_weights=SkipWeights(skip_weight, skip_weight),
         skip_weight=skip_weight,
         bonus=bonus,
+        algorithm="ppo",
+        observation=Observation(),
         normaliser=normaliser,
         network=network_of(model),
         backbone_name=backbone[0],
         backbone_fingerprint=backbone[1],
+        table_digest=getattr(table, "digest", "0" * 16),
         seed=seed,
-        training=Training(
-            prompts=len(table),
-            loss=tuple(table.losses.mean(axis=0).tolist()),
-            flops_ratio=mean_flops_ratio(table),
-            best_fixed=table.insert_layers[best_fixed_column(rewards)],
-            advantage=None,
-        ),
+        training=Training.from_table(table, skip_weight, bonus),
     )
 
 
@@ -297,14 +295,6 @@ def judge_policy(
         ),
         "training": policy.training,
     }
-
-
-def mean_flops_ratio(table: RewardTable) -> tuple[float, ...] | None:
-    """Mean prefill FLOPs at each candidate against layer 0; None where the table does not know them."""
-    try:
-        return tuple(table.flops_ratio.mean(axis=0).tolist())
-    except LookupError:
-        return None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .prompts import Prompt
 
-Bonus = Literal["depth", "flops"]
+Bonus = Literal["depth", "flops", "time"]
 FloatArray = NDArray[np.float64]
 
 FIELDS = (
