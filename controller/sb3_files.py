@@ -37,6 +37,8 @@ GLOBALS = {
     "torch FloatStorage",
     "torch DoubleStorage",
 }
+# Opcodes that name or build objects in other ways than torch.save does.
+OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 ACTIVATIONS: dict[str, Activation] = {
     "<class 'torch.nn.modules.activation.Tanh'>": "tanh",
     "<class 'torch.nn.modules.activation.ReLU'>": "relu",
@@ -133,14 +135,14 @@ def _state_dict(content: bytes) -> dict[str, torch.Tensor]:
 def _check_names(pickled: bytes) -> None:
     """Refuse a pickle that refers to anything but what a dictionary of tensors needs."""
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            named = argument if opcode.name == "GLOBAL" else None
-            if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or "EXT" in opcode.name:
-                named = opcode.name
-            if named is not None and named not in GLOBALS:
-                raise ValueError(f"{WEIGHTS!r} refers to {named!r}, which is no part of a network's tensors")
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        found = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(pickled)]
+    except Exception as error:  # whatever a broken file makes it raise
         raise ValueError(f"{WEIGHTS!r} is broken: {error}") from None
+    for name, argument in found:
+        if name == "GLOBAL" and argument not in GLOBALS:
+            raise ValueError(f"{WEIGHTS!r} refers to {argument!r}, which is no part of a network's tensors")
+        if name in OTHER_WAYS:
+            raise ValueError(f"{WEIGHTS!r} was not written by torch.save: it holds the opcode {name}")
 
 
 def _linear_layers(state: Mapping[str, Any]) -> tuple[Layers, bool]:

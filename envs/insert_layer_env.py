@@ -118,7 +118,9 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
             raise TypeError("give either backbone and prompts, or table and observations")
         if backbone is not None and prompts is not None:
             if isinstance(table, RewardTable):
-                raise TypeError("a table in memory goes with observations; beside a backbone, give its folder")
+                raise TypeError(
+                    "a table in memory goes with observations; beside a backbone, give its folder"
+                )
             table = RewardTable(backbone, prompts, insert_layers, batch_size)  # FOLDER
             observations = prompt_embeddings(backbone, prompts, batch_size)
             normaliser = normaliser or Normaliser.fit(observations)
@@ -186,9 +188,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         return self._observe(prompt), -loss + self._weight * bonus, True, False, info
 
     def _observe(self, prompt: int) -> NDArray[np.float32]:
-        return np.concatenate(
-            [self.observations[prompt], self.skip_weights.feature([self._weight])[0]]
-        )
+        return np.concatenate([self.observations[prompt], self.skip_weights.feature([self._weight])[0]])
 
     def _info(self, prompt: int) -> dict[str, Any]:
         return {

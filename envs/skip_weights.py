@@ -59,7 +59,9 @@ class SkipWeights:
         """`skip_weight` where it is in the range; `ValueError` naming the range otherwise."""
         value = float(skip_weight)
         if not self.low <= value <= self.high:
-            raise ValueError(f"skip_weight {skip_weight!r} is outside {self}: give one inside, or train for it")
+            raise ValueError(
+                f"skip_weight {skip_weight!r} is outside {self}: give one inside, or train for it"
+            )
         return value
 
     def draw(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
