@@ -7,7 +7,7 @@ insert layer is read from `config.json`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -154,3 +154,12 @@ def fingerprint(model: PreTrainedModel) -> str:
         sample = flat[::step][:64].to("cpu", torch.float32)
         digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def to_model(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """`inputs` on the model's device, with pixels and spectra in the model's precision."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }

@@ -75,6 +75,22 @@ def parse_cases(text: str) -> tuple[str, ...]:
     return cases
 
 
+def parse_observation(text: str) -> int:
+    """`"embeddings"` as 0 and `"hidden:3"` as 3: decoder layers of text alone before a prompt is observed.
+
+    Raises `ValueError` for anything else; whether a model has so many layers is known once it is loaded.
+    """
+    kind, colon, layer = text.strip().partition(":")
+    if kind == "embeddings" and not colon:
+        return 0
+    if kind == "hidden" and layer.isdecimal() and layer.isascii() and 0 < int(layer) <= MOST_LAYERS:
+        return int(layer)
+    raise ValueError(
+        f"--observation {text!r}: give embeddings, or hidden:K for the hidden state after K decoder layers "
+        "of text alone, such as hidden:2"
+    )
+
+
 def parse_sources(text: str) -> tuple[str, ...] | None:
     """`"coco,gqa"` as `("coco", "gqa")`; an empty text means every source and gives None."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) or None

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbones import Backbone, CostModel
+from backbones.loading import to_model
 
 from .prompts import IGNORED, ImageRef, Prompt, answer_loss, encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FloatArray = NDArray[np.float64]
 
@@ -90,15 +88,6 @@ class BlockForward:
             parts = [prompt.id, [image_identity(image) for image in prompt.images], prompt.messages]
             digest.update(json.dumps([*parts, prompt.answer, prompt.loss_on]).encode())
         return [self.backbone.fingerprint, str(self.backbone.model.dtype), digest.hexdigest()]
-
-
-def to_model(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """`inputs` on the model's device, with pixels and spectra in the model's precision."""
-    device, dtype = model.device, model.dtype
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-    }
 
 
 def image_identity(image: ImageRef | Image.Image) -> str:

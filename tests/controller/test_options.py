@@ -17,6 +17,7 @@ from controller.options import (
     SweepOptions,
     TrainPolicyOptions,
     parse_layers,
+    parse_observation,
     parse_share,
     parse_sources,
 )
@@ -54,6 +55,20 @@ def test_shares_are_read(text, share):
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(ValueError, match="--max-bad"):
         parse_share(text, "--max-bad")
+
+
+@pytest.mark.parametrize(("text", "layer"), [("embeddings", 0), ("hidden:1", 1), (" hidden:12 ", 12)])
+def test_observations_are_read(text, layer):
+    assert parse_observation(text) == layer
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "hidden", "hidden:", "hidden:0", "hidden:-1", "hidden:x", "hidden:99999", "embeddings:1"],
+)
+def test_what_is_no_observation_is_refused(text):
+    with pytest.raises(ValueError, match="--observation"):
+        parse_observation(text)
 
 
 def test_sources_are_read():
