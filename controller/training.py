@@ -6,42 +6,30 @@ and the policy stands beside the choices it has to beat.
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import configure
-from tqdm import tqdm
 
 from backbones import load_backbone
 from envs.instructions import split_by_image
-from envs.observations import Normaliser, Observation, prompt_embeddings
-from envs.rewards import Bonus, RewardTable
-from envs.skip_weights import SkipWeights
-from envs.vector_env import InsertLayerVecEnv
+from envs.observations import prompt_embeddings
+from envs.rewards import RewardTable
 
 from .baselines import PAPER_MEAN_DEPTH, judge, nearest_neighbour_columns
 from .data import image_prompts
+from .learning import train_policy
 from .options import TrainPolicyOptions, check, parse_layers
 from .plots import policy_rewards
-from .policy import LayerPolicy, Network, Training
+from .policy import LayerPolicy
 from .runs import progress, read_result, start_run, write_result
 from .statistics import Interval
 
 if TYPE_CHECKING:
     from envs.prompts import Prompt
 
-NUM_ENVS = 256
-ROLLOUT = 2048
 TABLE = "table.npz"
 SAVE_SECONDS = 10.0
 """At most so much work is lost when the command is killed."""
@@ -140,137 +128,6 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{depth} (paper: {result['paper_mean_depth']})", result["verdict"]])
 
 
-def train_policy(
-    table: RewardTable,
-    observations: ArrayLike,
-    *,
-    skip_weight: float = 0.5,
-    bonus: Bonus = "depth",
-    steps: int = 40_000,
-    seed: int = 0,
-    log_folder: Path | None = None,
-    backbone: tuple[str, str] = ("none", "none"),
-) -> LayerPolicy:
-    """A layer policy trained by PPO on the P prompts of `table` and their embeddings `observations` (P, D).
-
-    The same arguments give the same policy, bit for bit. With `log_folder`, `progress.csv` and TensorBoard
-    events are written there. `backbone` is the name and fingerprint that the policy is tied to. The
-    policy's `training.advantage` is None until somebody judges it.
-    """
-    normaliser = Normaliser.fit(observations)
-    with isolated_random_state():
-        env = InsertLayerVecEnv(
-            table,
-            normaliser(observations),
-            num_envs=NUM_ENVS,
-            skip_weight=skip_weight,
-            bonus=bonus,
-            seed=seed,
-        )
-        model = ppo(env, seed)
-        model.set_logger(configure_logger(log_folder))
-        model.learn(steps, callback=RewardLog(skip_weight, steps), log_interval=1)
-    return LayerPolicy(
-        insert_layers=table.insert_layers,
-        num_layers=table.num_layers,
-        skip_weights=SkipWeights(skip_weight, skip_weight),
-        skip_weight=skip_weight,
-        bonus=bonus,
-        algorithm="ppo",
-        observation=Observation(),
-        normaliser=normaliser,
-        network=network_of(model),
-        backbone_name=backbone[0],
-        backbone_fingerprint=backbone[1],
-        table_digest=getattr(table, "digest", "0" * 16),
-        seed=seed,
-        training=Training.from_table(table, skip_weight, bonus),
-    )
-
-
-def ppo(env: InsertLayerVecEnv, seed: int) -> PPO:
-    """PPO with settings that work for one-step episodes.
-
-    Nothing follows an action, so gamma is 0. A rollout of 2,048 prompts is used for 40 gradient steps, or
-    fewer where the policy has moved far (`target_kl`). Weight decay keeps a policy that sees a few hundred
-    prompts from learning their noise by heart: without it, what it gains on training prompts that have
-    nothing to tell apart it loses on others.
-    """
-    return PPO(
-        "MlpPolicy",
-        env,
-        learning_rate=lambda left: 2e-4 + 1.8e-3 * left,  # `left` falls from 1 to 0
-        n_steps=ROLLOUT // NUM_ENVS,
-        batch_size=512,
-        n_epochs=10,
-        gamma=0.0,
-        gae_lambda=1.0,
-        ent_coef=0.005,
-        target_kl=0.03,
-        policy_kwargs={
-            "net_arch": [64, 64],
-            "activation_fn": torch.nn.Tanh,
-            "optimizer_class": torch.optim.AdamW,
-            "optimizer_kwargs": {"weight_decay": 3.0},
-        },
-        seed=seed,
-        device="cpu",
-    )
-
-
-def network_of(model: PPO) -> Network:
-    """Weights and biases of the actor's linear layers, from observation to logits."""
-    actor = [*model.policy.mlp_extractor.policy_net, model.policy.action_net]
-    return tuple(
-        (module.weight.detach().clone(), module.bias.detach().clone())
-        for module in actor
-        if isinstance(module, torch.nn.Linear)
-    )
-
-
-class RewardLog(BaseCallback):
-    """Logs each rollout's mean reward and its two parts, and shows how far training is.
-
-    `reward/total` = `reward/performance` (mean of -loss, nats) + `reward/bonus` (mean of λ · bonus), for
-    layers drawn from the policy; `policy/insert_layer` is their mean. The reward that PPO sees is relative to
-    layer 0; these are not.
-    """
-
-    def __init__(self, skip_weight: float, steps: int) -> None:
-        super().__init__()
-        self.skip_weight = skip_weight
-        self.bar = tqdm(
-            total=steps, desc="policy (PPO)", mininterval=1.0, unit=" episodes", dynamic_ncols=True
-        )
-        self.episodes: list[tuple[float, float, int]] = []
-
-    def _on_step(self) -> bool:
-        infos = self.locals["infos"]
-        self.episodes += [(info["loss"], info["bonus"], info["insert_layer"]) for info in infos]
-        self.bar.update(min(len(infos), self.bar.total - self.bar.n))
-        return True
-
-    def _on_rollout_end(self) -> None:
-        loss, bonus, layer = np.mean(self.episodes, axis=0)
-        self.episodes.clear()
-        self.logger.record("reward/total", -loss + self.skip_weight * bonus)
-        self.logger.record("reward/performance", -loss)
-        self.logger.record("reward/bonus", self.skip_weight * bonus)
-        self.logger.record("policy/insert_layer", layer)
-
-    def _on_training_end(self) -> None:
-        self.bar.close()
-
-
-def configure_logger(folder: Path | None) -> Any:
-    """SB3's logger, writing `progress.csv` and TensorBoard events to `folder`; silent without one."""
-    if folder is None:
-        return configure(None, [])
-    for events in folder.glob("events.out.tfevents.*"):
-        events.unlink()  # of an earlier start of this run, which TensorBoard would draw over this one
-    return configure(str(folder), ["csv", "tensorboard"])
-
-
 def judge_policy(
     policy: LayerPolicy, table: RewardTable, observations: np.ndarray, train: np.ndarray
 ) -> dict[str, Any]:
@@ -295,21 +152,3 @@ def judge_policy(
         ),
         "training": policy.training,
     }
-
-
-@contextmanager
-def isolated_random_state() -> Iterator[None]:
-    """A block that may seed Python, NumPy and torch as it likes, on one thread, and leaves no trace.
-
-    SB3 seeds all three globally. One thread makes sums come in one order whatever the machine, and is the
-    quickest for networks this small.
-    """
-    python, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            random.setstate(python)
-            np.random.set_state(numpy_state)

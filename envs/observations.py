@@ -243,18 +243,6 @@ def _forward_until(handle: RemovableHandle, model: Any, inputs: Mapping[str, Ten
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What is observed of a prompt: the mean input embedding of its text (paper)."""
-
-    text_layer: int = 0
-    image: bool = False
-
-    def __call__(self, backbone: Backbone, prompts: Sequence[Prompt], batch_size: int = 32) -> FloatArray:
-        """Observations (P, D) of the prompts."""
-        return prompt_embeddings(backbone, prompts, batch_size)
-
-
-@dataclass(frozen=True)
 class Normaliser:
     """Frozen statistics of the observations of a training set, each float32 (D,)."""
 
