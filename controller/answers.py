@@ -6,15 +6,15 @@ In batches, with progress shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from backbones import Backbone
-from envs.block_forward import BlockForward, to_model
-from envs.prompts import Prompt, encode
+from backbones.loading import to_model
+from envs.block_forward import BlockForward
+from envs.prompts import Prompt
 
 from .runs import progress
 
@@ -25,16 +25,19 @@ def generate_answers(
     batch_size: int = 32,
     max_new_tokens: int = 32,
     label: str = "answers",
+    insert_layers: Sequence[int] | None = None,
 ) -> list[str]:
-    """The answer that greedy decoding gives to each prompt (P), at most `max_new_tokens` long."""
-    model: Any = backbone.model
+    """The answer that greedy decoding gives to each prompt (P), at most `max_new_tokens` long.
+
+    `insert_layers` (P) has a layer for each prompt; by default all have the one in force.
+    """
     answers: list[str] = []
     for start in progress(range(0, len(prompts), batch_size), label):
-        inputs = generation_inputs(backbone, prompts[start : start + batch_size])
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in backbone.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        rows = slice(start, start + batch_size)
+        own = None if insert_layers is None else insert_layers[rows]
+        answers += backbone.generate(
+            prompts[rows], insert_layer=own, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
     return answers
 
 
@@ -54,6 +57,4 @@ def losses_and_flops(
 
 def generation_inputs(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     """Inputs for `generate`: padded left, ending where the answer begins, on the backbone's device."""
-    return to_model(
-        encode(backbone.processor, prompts, with_answers=False, padding_side="left"), backbone.model
-    )
+    return to_model(Prompt.to_generate(backbone.processor, prompts), backbone.model)

@@ -7,7 +7,7 @@ a policy from somewhere else can be loaded without running any code from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -121,6 +121,20 @@ class LayerPolicy:
     def act(self, observations: ArrayLike) -> NDArray[np.int64]:
         """The most probable insert layer (P) for each prompt embedding (P, D)."""
         return np.array(self.insert_layers)[self.columns(observations)]
+
+    def layers(
+        self, backbone: Backbone, prompts: Sequence[Prompt], skip_weight: float | None = None
+    ) -> list[int]:
+        """The most probable insert layer of each prompt (P), as `Backbone.generate` asks for it.
+
+        Raises `ValueError` for another backbone than the policy was trained on.
+        """
+        if skip_weight not in (None, self.skip_weight):
+            raise ValueError(
+                f"skip weight {skip_weight}: this policy was trained for {self.skip_weight} alone"
+            )
+        replace(self, backbone=backbone).checked_backbone()
+        return self.act(prompt_embeddings(backbone, prompts)).tolist()
 
     def recommend(self, question: str, image: str | Path | Image | None = None) -> Recommendation:
         """An insert layer for one question, about an image (a path or an open picture) or none."""
