@@ -1,4 +1,4 @@
-"""What a backbone says to prompts at its insert layer in force: greedy answers, losses, FLOPs.
+"""What a backbone says to prompts, each at its own insert layer: greedy answers, losses, FLOPs.
 
 In batches, with progress shown.
 """
@@ -22,36 +22,44 @@ from .runs import progress
 def generate_answers(
     backbone: Backbone,
     prompts: Sequence[Prompt],
+    insert_layers: Sequence[int],
     batch_size: int = 32,
     max_new_tokens: int = 32,
     label: str = "answers",
-    insert_layers: Sequence[int] | None = None,
 ) -> list[str]:
-    """The answer that greedy decoding gives to each prompt (P), at most `max_new_tokens` long.
-
-    `insert_layers` (P) has a layer for each prompt; by default all have the one in force.
-    """
+    """The answer that greedy decoding gives to each prompt (P) at its insert layer (P), at most
+    `max_new_tokens` long."""
     answers: list[str] = []
     for start in progress(range(0, len(prompts), batch_size), label):
         rows = slice(start, start + batch_size)
-        own = None if insert_layers is None else insert_layers[rows]
         answers += backbone.generate(
-            prompts[rows], insert_layer=own, batch_size=batch_size, max_new_tokens=max_new_tokens
+            prompts[rows],
+            insert_layer=insert_layers[rows],
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
         )
     return answers
 
 
 def losses_and_flops(
-    backbone: Backbone, prompts: Sequence[Prompt], batch_size: int = 32, label: str = "loss"
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    insert_layers: Sequence[int],
+    batch_size: int = 32,
+    label: str = "loss",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Loss (P) of each prompt's answer in nats, and prefill FLOPs (P, 2) at the layer in force and at 0."""
+    """Loss (P) of each prompt's answer in nats at its insert layer (P), and prefill FLOPs (P, 2) there and at
+    layer 0."""
     forward = BlockForward(backbone, prompts)
     losses, flops = [], []
     for start in progress(range(0, len(prompts), batch_size), label):
         rows = slice(start, start + batch_size)
+        own = np.array(insert_layers[rows])
         inputs = forward.encode(rows)
-        losses.append(forward.losses(inputs, backbone.insert_layer))
-        flops.append(forward.flops(rows, inputs, (backbone.insert_layer, 0)))
+        losses.append(forward.losses(inputs, own.tolist()))
+        layers, column = np.unique([0, *own], return_inverse=True)
+        costs = forward.flops(rows, inputs, layers.tolist())
+        flops.append(np.stack([costs[np.arange(len(own)), column[1:]], costs[:, 0]], axis=1))
     return np.concatenate(losses), np.concatenate(flops)
 
 

@@ -35,8 +35,8 @@ class BlockForward:
         """Model inputs of the prompts `rows` on the backbone's device, padded right, with `labels`."""
         return to_model(encode(self.backbone.processor, self.prompts[rows]), self.backbone.model)
 
-    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int) -> FloatArray:
-        """Loss in nats of each prompt of an encoded block, (rows,)."""
+    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]) -> FloatArray:
+        """Loss in nats of each prompt of an encoded block, (rows,), at one layer or one for each."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         answered = (labels != IGNORED).any(dim=0).nonzero()
