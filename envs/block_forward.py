@@ -37,6 +37,13 @@ class BlockForward:
 
     def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]) -> FloatArray:
         """Loss in nats of each prompt of an encoded block, (rows,), at one layer or one for each."""
+        with torch.inference_mode():
+            return answer_loss(*self.logits(inputs, insert_layer)).double().cpu().numpy()
+
+    def logits(
+        self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (rows, A, V) and labels (rows, A) of an encoded block, from its first answer on."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         answered = (labels != IGNORED).any(dim=0).nonzero()
@@ -44,10 +51,9 @@ class BlockForward:
         tail = labels.shape[1] - first
         if self.keeps_logits:
             inputs["logits_to_keep"] = tail  # type: ignore[assignment]
-        with torch.inference_mode(), self.backbone.insert_at(insert_layer):
+        with self.backbone.insert_at(insert_layer):
             logits = self.backbone.model(**inputs, use_cache=False).logits
-            loss = answer_loss(logits[:, -tail:], labels[:, -tail:])
-        return loss.double().cpu().numpy()
+        return logits[:, -tail:], labels[:, -tail:]
 
     def flops(
         self, rows: slice, inputs: Mapping[str, torch.Tensor], insert_layers: Sequence[int]
