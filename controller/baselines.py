@@ -62,8 +62,8 @@ def ridge_columns(observations: ArrayLike, rewards: FloatArray, queries: ArrayLi
 
 
 def gate_columns(observations: ArrayLike, losses: FloatArray, queries: ArrayLike) -> Columns:
-    """For each of `queries` (Q, D), what a classifier trained by supervision takes for the deepest layer whose
-    loss stays within 3 % of layer 0's (after DyVTE, arXiv 2411.19628).
+    """For each of `queries` (Q, D), what a classifier trained by supervision takes for the deepest layer
+    whose loss stays within 3 % of layer 0's (after DyVTE).
 
     `losses` (P, K) are the training prompts', in nats; their first column is the shallowest candidate, which
     stands for layer 0 where that is none. Knows nothing of the skip weight.
@@ -128,7 +128,9 @@ def judge(
         return account(values, best_fixed, oracle, images)
 
     earned = {"policy": of_seed[saved], **others, "oracle": oracle}
-    reward = {name: None if values is None else row(values) for name, values in earned.items()}
+    reward: dict[str, Any] = {
+        name: None if values is None else row(values) for name, values in earned.items()
+    }
     reward["best_fixed"]["insert_layer"] = insert_layers[fixed]
     advantage = paired_interval(of_seed[saved], best_fixed, images)
     return {

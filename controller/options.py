@@ -108,8 +108,8 @@ def parse_observation(text: str) -> int:
 
 
 def parse_skip_weights(text: str, skip_weight: float) -> tuple[float, float]:
-    """The range of skip weights that `text` names: `"0-2"`, `"none"` for `skip_weight` alone, `"auto"` for 0 to
-    twice that (to 1 where it is 0).
+    """The range of skip weights that `text` names: `"0-2"`, `"none"` for `skip_weight` alone, `"auto"` for 0
+    to twice that (to 1 where it is 0).
 
     Raises `ValueError` where it is no range of weights, or one without `skip_weight`.
     """
@@ -204,7 +204,7 @@ class TrainPolicyOptions(RunOptions, BackboneOptions, DataOptions):
     skip_weight: float = 0.5
     """Weight λ of the skip bonus, where nothing else is asked for: reward = -loss (nats) + λ * bonus."""
     skip_weight_range: str = "auto"
-    """Weights that the policy can be asked for: "0-2"; "auto" is 0 to twice --skip-weight, "none" that alone."""
+    """Weights to be asked for later: "0-2"; "auto" is 0 to twice --skip-weight, "none" that one alone."""
     bonus: Literal["depth", "flops", "time"] = "depth"
     """Skip bonus: depth L/N (paper), the share of prefill FLOPs saved, or of measured prefill time."""
     observation: str = "embeddings"
@@ -272,6 +272,12 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
 
     variants: tuple[Path, ...] = ()
     """Run folders of finetune, the baseline first; `--backbone` itself is used where none is given."""
+    insert_layers: str | None = None
+    """Also `--backbone` at these fixed layers, without finetuning: all, 0-7 or 0,4,8."""
+    policy: Path | None = None
+    """Run folder of train-policy: also `--backbone` with each prompt at the layer that it chooses."""
+    skip_weight: float | None = None
+    """Skip weight λ to ask the policy for; by default the one it was made for."""
     max_new_tokens: int = 32
     """Longest answer to generate."""
     timing_repeats: int = 7
@@ -358,20 +364,24 @@ def check(options: Any) -> None:
             raise ValueError(f"{flag(name)} {values[name]}: give at least 1")
     if "cases" in values:
         parse_cases(values["cases"])
-    if "insert_layers" in values and values["insert_layers"].strip() not in ("all", "quarters"):
-        parse_layers(values["insert_layers"], MOST_LAYERS)
+    layers = values.get("insert_layers")
+    if layers is not None and layers.strip() not in ("all", "quarters"):
+        parse_layers(layers, MOST_LAYERS)
     if "shard" in values:
         parse_shard(values["shard"])
-    if "skip_weight_range" in values:
-        parse_skip_weights(values["skip_weight_range"], values["skip_weight"])
     if "max_bad" in values:
         parse_share(values["max_bad"], "--max-bad")
     if "fraction" in values and not 0 < values["fraction"] <= 1:
         raise ValueError(f"--fraction {values['fraction']}: give a share above 0 and at most 1")
     if "held_out" in values and not 0 < values["held_out"] < 1:
         raise ValueError(f"--held-out {values['held_out']}: give a share between 0 and 1")
-    if "skip_weight" in values and not (values["skip_weight"] >= 0 and math.isfinite(values["skip_weight"])):
-        raise ValueError(f"--skip-weight {values['skip_weight']}: give 0 or a positive number")
+    weight = values.get("skip_weight")
+    if weight is not None and not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"--skip-weight {weight}: give 0 or a positive number")
+    if "skip_weight_range" in values:
+        parse_skip_weights(values["skip_weight_range"], values["skip_weight"])
+    if weight is not None and values.get("policy", "") is None:
+        raise ValueError(f"--skip-weight {weight}: it is asked of a policy; give --policy too")
     if "efficiency" in values and not 0 < values["efficiency"] <= 1:
         raise ValueError(f"--efficiency {values['efficiency']}: give a share above 0 and at most 1")
     if "peak_tflops" in values:
@@ -408,15 +418,14 @@ def _check_paths(values: dict[str, Any]) -> None:
             raise ValueError(
                 f"--variants {folder}: no result.json there; give run folders of finished finetunes"
             )
-    if "policy" in values:
+    if "prompt" in values:
         if (values["prompt"] is None) == (data is None):
             raise ValueError("give either --prompt (with --image) or --data")
         if values["image"] is not None and not values["image"].is_file():
             raise ValueError(f"--image {values['image']}: there is no such file")
-        if not (values["policy"] / "policy.json").is_file():
-            raise ValueError(
-                f"--policy {values['policy']}: no policy.json there; give a run folder of train-policy"
-            )
+    policy = values.get("policy")
+    if policy is not None and not (policy / "policy.json").is_file():
+        raise ValueError(f"--policy {policy}: no policy.json there; give a run folder of train-policy")
 
 
 def flag(name: str) -> str:

@@ -7,6 +7,7 @@ and the policy stands beside the choices it has to beat.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from .learning import isolated_random_state, train_policy
 from .options import TrainPolicyOptions, check, parse_layers, parse_observation, parse_skip_weights
 from .plots import policy_rewards
 from .policy import LayerPolicy
-from .runs import read_json, read_result, replacing, start_run, write_json, write_result
+from .runs import read_result, replacing, start_run, write_json, write_result
 from .statistics import Interval
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def reward_table(options: TrainPolicyOptions, backbone: Backbone, prompts: list[
         path = Path(options.out) / TIMES
         if not path.is_file():
             write_json(path, measure_times(backbone, prompts, layers, options.batch_size, seed=options.seed))
-        table.times = np.array(read_json(path)["ratios"])
+        table.times = np.array(json.loads(path.read_text("utf-8"))["ratios"])
     return table
 
 
@@ -234,8 +235,8 @@ def judgement_table(result: dict[str, Any]) -> str:
     prompts, images = result["prompts"]["held_out"], result["images"]["held_out"]
     note = (
         f"Algorithm {result['algorithm']}, skip weight {result['skip_weight']:g}, bonus {result['bonus']}, "
-        f"observation {result['observation']}; {prompts} held-out prompts of {images} images; in brackets 95 % "
-        "intervals, bootstrapped over images."
+        f"observation {result['observation']}; {prompts} held-out prompts of {images} images; in brackets "
+        "95 % intervals, bootstrapped over images."
     )
     return "\n".join([*lines, "", note, "", result["verdict"], ""])
 
