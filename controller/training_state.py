@@ -69,7 +69,11 @@ class StateFile:
 
         Raises `ValueError` for a file that is no whole state, or of another training.
         """
-        if self.path is None or not self.path.is_file():
+        if self.path is None:
+            return None
+        for unfinished in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        if not self.path.is_file():
             return None
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
