@@ -39,8 +39,10 @@ def start(function, *args, **kwargs):
 
 
 def kill_until_done(begin, seconds, kills, rng):
-    """Start what `begin` starts, killed `kills` times within the first `seconds`, then left to finish; returns
-    how many of the kills met it alive."""
+    """Start what `begin` starts, killed `kills` times within the first `seconds`, then left to finish.
+
+    Returns how many of the kills met it alive.
+    """
     met = 0
     for _ in range(kills):
         process = begin()
