@@ -185,6 +185,7 @@ class LayerPolicy:
             layer = self.insert_layers[column]
             expected = Expected(
                 self.training.loss[column],
+                self.training.loss_increase(self.insert_layers, column),
                 prompt_flops_ratio(backbone, prompt, layer),
                 layer / self.num_layers,
             )
