@@ -37,7 +37,7 @@ class Training:
     @classmethod
     def from_table(cls, table: RewardTable, skip_weight: float, bonus: Bonus) -> Training:
         """What `table`, the training prompts', says; not judged yet."""
-        ratios, times = flops_ratios(table), getattr(table, "times", None)
+        ratios, times = flops_ratios(table), table.times
         rewards = table.rewards(skip_weight, bonus)
         return cls(
             prompts=len(table),
@@ -45,7 +45,7 @@ class Training:
             flops_ratio=None if ratios is None else tuple(ratios.mean(axis=0).tolist()),
             best_fixed=table.insert_layers[best_fixed_column(rewards)],
             advantage=None,
-            times=None if times is None else tuple(np.asarray(times, dtype=np.float64).tolist()),
+            times=None if times is None else tuple(times.tolist()),
         )
 
     def loss_increase(self, insert_layers: Sequence[int], column: int) -> float | None:

@@ -179,5 +179,4 @@ def pareto(policy: LayerPolicy, table: RewardTable, observations: ArrayLike) -> 
 
 def known_correct(table: RewardTable) -> FloatArray | None:
     """Whether each answer is right (P, K), 1 or 0; None unless all of it is known."""
-    correct = getattr(table, "correct", None)
-    return None if correct is None or np.isnan(correct).any() else np.asarray(correct, dtype=np.float64)
+    return None if np.isnan(table.correct).any() else table.correct

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 COUNTS = {
     "batch_size",
+    "batch_tokens",
+    "shard_prompts",
     "steps",
     "repeats",
     "lora_rank",
@@ -62,6 +64,19 @@ def parse_share(text: str, option: str) -> float:
     if not 0 <= share <= 1:
         raise ValueError(f"{option} {text!r}: give a share such as 0.5% or 0.005, between 0 and 1")
     return share
+
+
+def parse_shard(text: str) -> tuple[int, int] | None:
+    """`"1/4"` as `(1, 4)`: the second of four parts; None for an empty text.
+
+    Raises `ValueError` where there is no such part.
+    """
+    if not text:
+        return None
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"--shard {text!r}: give a part and the number of parts, 0/4 to 3/4 for four")
+    return int(part), int(parts)
 
 
 def parse_cases(text: str) -> tuple[str, ...]:
@@ -122,7 +137,17 @@ class SweepOptions(RunOptions, BackboneOptions, DataOptions):
     insert_layers: str = "all"
     """Candidate layers: all, 0-7 or 0,4,8."""
     accuracy: bool = True
-    """Also generate each answer and compare it with the reference."""
+    """Also compare each greedy answer with the reference."""
+    agreement: bool = False
+    """Also say how often the most probable first token is that of layer 0, which is then computed too."""
+    batch_tokens: int = 8192
+    """Tokens per forward when losses are computed; bounds the memory."""
+    table: Path | None = None
+    """Folder of the reward table, which sweeps of one backbone may share; by default OUT/table."""
+    shard: str = ""
+    """Compute part i of n alone, as 0/4; by default what torchrun or accelerate launch assigns, or all."""
+    shard_prompts: int = 1024
+    """Prompts of one file of the table; what a killed run has to compute again."""
 
 
 @dataclass(kw_only=True)
@@ -285,6 +310,8 @@ def check(options: Any) -> None:
         parse_cases(values["cases"])
     if "insert_layers" in values and values["insert_layers"].strip() not in ("all", "quarters"):
         parse_layers(values["insert_layers"], MOST_LAYERS)
+    if "shard" in values:
+        parse_shard(values["shard"])
     if "max_bad" in values:
         parse_share(values["max_bad"], "--max-bad")
     if "fraction" in values and not 0 < values["fraction"] <= 1:

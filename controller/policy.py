@@ -286,7 +286,7 @@ class LayerPolicy:
             network=tuple(layers),
             backbone_name=backbone.name,
             backbone_fingerprint=backbone.fingerprint,
-            table_digest=getattr(table, "digest", "0" * 16),
+            table_digest=table.digest,
             seed=seed,
             training=Training.from_table(table, weight, bonus),
             activation=found.activation,

@@ -7,7 +7,6 @@ and the policy stands beside the choices it has to beat.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,7 +33,7 @@ from .data import image_prompts
 from .options import TrainPolicyOptions, check, parse_layers
 from .plots import policy_rewards
 from .policy import LayerPolicy, Network, Training
-from .runs import progress, read_result, start_run, write_result
+from .runs import read_result, start_run, write_result
 from .statistics import Interval
 
 if TYPE_CHECKING:
@@ -42,15 +41,13 @@ if TYPE_CHECKING:
 
 NUM_ENVS = 256
 ROLLOUT = 2048
-TABLE = "table.npz"
-SAVE_SECONDS = 10.0
-"""At most so much work is lost when the command is killed."""
+TABLE = "table"
 
 
 def run(options: TrainPolicyOptions) -> dict[str, Any]:
     """Train a policy, judge it on held-out images, and write everything to the run folder.
 
-    Writes `table.npz` (the reward table, which a killed run is continued from), `policy.json` with
+    Writes `table/` (the reward table, which a killed run is continued from), `policy.json` with
     `policy.safetensors`, `progress.csv`, TensorBoard events, `policy_rewards.png` and `result.json`. A
     finished run is not repeated. Raises `ValueError` where an option cannot be used or the data leave nothing
     to train on or to judge by, `DatasetError` where they cannot be read.
@@ -64,8 +61,8 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
     train, held_out, text_only = split_prompts(options)
     backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
     layers = parse_layers(options.insert_layers, backbone.num_layers)
-    table = RewardTable(backbone, [*train, *held_out], layers, options.batch_size)
-    fill_table(table, out / TABLE)
+    table = RewardTable(backbone, [*train, *held_out], layers, folder=out / TABLE)
+    table.fill(progress=True)
     observations = prompt_embeddings(backbone, [*train, *held_out], options.batch_size)
     seen = np.arange(len(table)) < len(train)
     policy = train_policy(
@@ -113,19 +110,6 @@ def split_prompts(options: TrainPolicyOptions) -> tuple[list[Prompt], list[Promp
             f"{options.held_out}"
         )
     return list(train), list(held_out), text_only
-
-
-def fill_table(table: RewardTable, path: Path) -> None:
-    """Compute what is missing of losses and FLOPs, going on from what `path` holds and saving there."""
-    if path.is_file():
-        table.restore(path)
-    saved = time.monotonic()
-    for _ in progress(table.fill_by_block(), "reward table", total=table.missing_blocks()):
-        if time.monotonic() - saved > SAVE_SECONDS:
-            table.save(path)
-            saved = time.monotonic()
-    _ = table.flops
-    table.save(path)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -182,7 +166,7 @@ def train_policy(
         network=network_of(model),
         backbone_name=backbone[0],
         backbone_fingerprint=backbone[1],
-        table_digest=getattr(table, "digest", "0" * 16),
+        table_digest=table.digest,
         seed=seed,
         training=Training.from_table(table, skip_weight, bonus),
     )

@@ -79,7 +79,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     - `bonus`: "depth" or "flops";
     - `normaliser`: applied to the observations. By default fitted to the prompts' embeddings; with a table,
       observations are taken as they come, clipped;
-    - `batch_size`: prompts per forward (with a backbone).
+    - `batch_size`: prompts embedded at a time (with a backbone).
 
     ## Reset Options
     `reset(options={"prompt": i})` starts with prompt `i`, 0 to P-1, and draws none;
@@ -121,7 +121,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
                 raise TypeError(
                     "a table in memory goes with observations; beside a backbone, give its folder"
                 )
-            table = RewardTable(backbone, prompts, insert_layers, batch_size)  # FOLDER
+            table = RewardTable(backbone, prompts, insert_layers, folder=table)
             observations = prompt_embeddings(backbone, prompts, batch_size)
             normaliser = normaliser or Normaliser.fit(observations)
         elif insert_layers != "all":
