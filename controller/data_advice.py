@@ -78,7 +78,6 @@ def advise(
     where = "the held-out ones of these prompts" if not judged.all() else "these prompts"
     result |= by_table(policy, table, fixed, weight)
     result |= policy_beside(table, columns, judged, fixed, policy, weight, images, where)
-    result["table"] = {"digest": table.digest, "policy_digest": policy.table_digest}
     curves = pareto(policy, table.subset(judged), observations[judged])
     result["pareto"] = None if curves is None else {"of": where, **curves}
     return result
@@ -106,7 +105,6 @@ def by_mean(policy: LayerPolicy, mean: Interval, skip_weight: float, images: int
         "expected": expected(policy, layer, skip_weight),
         "best_fixed": training_best(policy, skip_weight),
         "policy": None,
-        "table": None,
         "pareto": None,
         "verdict": f"{policy_sentence(policy, skip_weight)}{mean_sentence(policy, layer, skip_weight)}",
         "caveat": sentence(doubts),

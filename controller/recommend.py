@@ -90,7 +90,9 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['paper_mean_depth']})",
         result["verdict"],
     ]
-    return "\n".join(lines if result["caveat"] is None else [*lines, result["caveat"]])
+    lines += [result["caveat"]] if result["caveat"] else []
+    lines += [result["table"]["note"]] if result["table"] and result["table"]["note"] else []
+    return "\n".join(lines)
 
 
 def for_prompt(policy: LayerPolicy, prompt: Prompt, skip_weight: float | None = None) -> dict[str, Any]:
@@ -118,20 +120,21 @@ def for_data(
     policy: LayerPolicy, prompts: Sequence[Prompt], skip_weight: float, options: RecommendOptions
 ) -> dict[str, Any]:
     """The advice for a data set, with the reward table of its prompts where there is one."""
-    table = None
-    if options.table is not None:
-        table = table_of(options.table, policy, prompts, f"--table {options.table}")
+    folder, named = options.table, f"--table {options.table}"
+    whole = table = held_out = None
+    if folder is not None:
+        whole = RewardTable.load(folder, policy.insert_layers)
     elif (options.policy / TABLE).is_dir():
+        folder, named = options.policy / TABLE, f"--policy {options.policy}"
+        whole = RewardTable.load(folder, policy.insert_layers)
         # The policy's own table may be about other prompts; the policy alone then has to do.
-        keys = set(prompt_keys(prompts))
-        if keys <= set(RewardTable.load(options.policy / TABLE).prompt_keys):
-            table = table_of(options.policy / TABLE, policy, prompts, f"--policy {options.policy}")
-    held_out = None
-    if table is not None and (options.policy / HELD_OUT).is_file():
-        content = json.loads((options.policy / HELD_OUT).read_text("utf-8"))
-        unseen = set(content["prompt_keys"])
-        held_out = np.array([key in unseen for key in table.prompt_keys])
-    return advise(
+        whole = whole if set(prompt_keys(prompts)) <= set(whole.prompt_keys) else None
+    if whole is not None:
+        table = table_of(whole, policy, prompts, named)
+        if (options.policy / HELD_OUT).is_file():
+            unseen = held_out_keys(options.policy / HELD_OUT)
+            held_out = np.array([key in unseen for key in table.prompt_keys])
+    result = advise(
         policy,
         prompts,
         skip_weight=skip_weight,
@@ -140,15 +143,36 @@ def for_data(
         batch_size=options.batch_size,
         seed=options.seed,
     )
+    result["table"] = None if whole is None else about_table(whole, folder, policy)
+    return result
 
 
-def table_of(folder: Path, policy: LayerPolicy, prompts: Sequence[Prompt], named: str) -> RewardTable:
-    """The reward table of just these prompts, in their order, at the policy's candidates.
+def about_table(table: RewardTable, folder: Path | None, policy: LayerPolicy) -> dict[str, Any]:
+    """Which reward table the advice rests on, and whether the policy was trained on just this one."""
+    digest = table.digest
+    same = digest == policy.table_digest
+    note = f"Rewards of table {digest}; the policy was trained on another, {policy.table_digest}."
+    return {"folder": folder, "digest": digest, "trained_on": same, "note": None if same else note}
 
-    Raises `ValueError`, saying what is `named`, where the table in `folder` is another backbone's or does not
-    know all of it.
+
+def held_out_keys(path: Path) -> set[str]:
+    """Keys of the prompts that train-policy kept for judging.
+
+    Raises `ValueError` where `path` does not hold them.
     """
-    whole = RewardTable.load(folder, policy.insert_layers)
+    try:
+        return {str(key) for key in json.loads(path.read_text("utf-8"))["prompt_keys"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} does not list prompts ({error}); remove it, and all prompts are judged on"
+        ) from None
+
+
+def table_of(whole: RewardTable, policy: LayerPolicy, prompts: Sequence[Prompt], named: str) -> RewardTable:
+    """The part of `whole` about just these prompts, in their order.
+
+    Raises `ValueError`, saying what is `named`, where the table is another backbone's or does not know all.
+    """
     fingerprint = whole.origin["fingerprint"]
     if fingerprint != policy.backbone_fingerprint:
         raise ValueError(

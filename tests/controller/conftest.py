@@ -81,6 +81,12 @@ def make_graded_table():
 
 
 @pytest.fixture(scope="session")
+def fit():
+    """`fit_policy`, for tests that bring their own table."""
+    return fit_policy
+
+
+@pytest.fixture(scope="session")
 def graded_policy():
     """A policy for skip weights 0 to 1 on the graded table of seed 0, its frontier measured on seed 1."""
     policy = fit_policy(*graded_table(0), SkipWeights(0.0, 1.0))
