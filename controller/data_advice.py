@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .policy import LayerPolicy
 from .statistics import Interval, mean_interval, paired_interval
 
 BY_TABLE = "reward table"
+HELD_OUT = "policy on held-out prompts, fixed layers on training prompts"
 BY_MEAN = "mean of the policy's layers"
 
 
@@ -78,7 +80,7 @@ def advise(
     where = "the held-out ones of these prompts" if not judged.all() else "these prompts"
     result |= by_table(policy, table, fixed, weight)
     result |= policy_beside(table, columns, judged, fixed, policy, weight, images, where)
-    curves = pareto(policy, table.subset(judged), observations[judged])
+    curves = pareto(policy, table.subset(judged), observations[judged], weight)
     result["pareto"] = None if curves is None else {"of": where, **curves}
     return result
 
@@ -105,10 +107,27 @@ def by_mean(policy: LayerPolicy, mean: Interval, skip_weight: float, images: int
         "expected": expected(policy, layer, skip_weight),
         "best_fixed": training_best(policy, skip_weight),
         "policy": None,
-        "pareto": None,
+        "pareto": training_pareto(policy),
         "verdict": f"{policy_sentence(policy, skip_weight)}{mean_sentence(policy, layer, skip_weight)}",
         "caveat": sentence(doubts),
     }
+
+
+def training_pareto(policy: LayerPolicy) -> dict[str, Any] | None:
+    """`pareto` from what training knew: the policy on held-out prompts, fixed layers on training prompts.
+
+    Only increases against insert layer 0 can be compared between the two. No oracle is known. None where
+    the policy was not measured over its skip weights, or without insert layer 0 or FLOPs.
+    """
+    points = [asdict(point) | {"accuracy": None} for point in policy.training.frontier]
+    unknown = any(point["loss_increase"] is None or point["flops_ratio"] is None for point in points)
+    if not points or unknown or policy.training.flops_ratio is None:
+        return None
+    fixed = [
+        {"insert_layer": layer, "accuracy": None, **expected(policy, layer, policy.skip_weight)}
+        for layer in policy.insert_layers
+    ]
+    return {"of": HELD_OUT, "prompts": None, "policy": points, "fixed": fixed, "oracle": None}
 
 
 def by_table(

@@ -142,10 +142,13 @@ def skip_weight_for_loss(points: Sequence[FrontierPoint], max_loss_increase: flo
     return max(kept)
 
 
-def pareto(policy: LayerPolicy, table: RewardTable, observations: ArrayLike) -> dict[str, Any] | None:
-    """Loss, accuracy where it is known, and FLOPs ratio: of the policy at a grid over its skip weights, of
-    every fixed layer, and of the oracle, which chooses each prompt's best layer, from no skip weight to
-    far beyond the policy's. Means over the P prompts of `table`; None where it does not know their FLOPs.
+def pareto(
+    policy: LayerPolicy, table: RewardTable, observations: ArrayLike, skip_weight: float | None = None
+) -> dict[str, Any] | None:
+    """Loss, accuracy where it is known, and FLOPs ratio: of the policy at a grid over its skip weights and at
+    `skip_weight`, of every fixed layer, and of the oracle, which chooses each prompt's best layer, from no
+    skip weight to far beyond the policy's. Means over the P prompts of `table`; None where it does not know
+    their FLOPs.
     """
     check_candidates(policy, table)
     if flops_ratios(table) is None:
@@ -158,7 +161,7 @@ def pareto(policy: LayerPolicy, table: RewardTable, observations: ArrayLike) -> 
         found["accuracy"] = None if correct is None else float(correct[rows, columns].mean())
         return found
 
-    weights = policy.skip_weights
+    weights, asked = policy.skip_weights, [] if skip_weight is None else [float(skip_weight)]
     fixed = []
     for column, layer in enumerate(policy.insert_layers):
         found = describe(np.full(len(table), column), policy.skip_weight)
@@ -167,7 +170,7 @@ def pareto(policy: LayerPolicy, table: RewardTable, observations: ArrayLike) -> 
         "prompts": len(table),
         "policy": [
             describe(policy.columns(observations, weight), weight)
-            for weight in grid(weights.low, weights.high)
+            for weight in sorted({*grid(weights.low, weights.high), *asked})
         ],
         "fixed": fixed,
         "oracle": [

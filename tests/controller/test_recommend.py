@@ -10,6 +10,7 @@ from controller.data import image_prompts
 from controller.data_advice import advise, nearest_candidate, policy_sentence
 from controller.frontier import frontier
 from controller.options import RecommendOptions, check
+from controller.plots import plot_pareto
 from controller.policy import LayerPolicy
 from controller.recommend import run, table_of
 from controller.statistics import Interval
@@ -212,6 +213,21 @@ def test_the_policy_is_judged_on_what_it_has_not_seen(policy, prompts, table):
 def test_a_table_without_flops_draws_no_pareto_picture(policy, prompts, table):
     result = advise(policy, prompts[0], table=of_losses(table, table.losses, flops=False))
     assert result["pareto"] is None and result["expected"]["flops_ratio"] is None
+
+
+def test_without_rewards_the_pareto_picture_is_that_of_training(policy, prompts, table, tmp_path):
+    assert advise(policy, prompts[0])["pareto"] is None  # never measured over its skip weights
+    points = frontier(policy, table, prompt_embeddings(policy.backbone, prompts[0]))
+    measured = judged(policy, None, frontier=points)
+    result = advise(measured, prompts[0])
+    found = result["pareto"]
+    assert [point["flops_ratio"] for point in found["policy"]] == [point.flops_ratio for point in points]
+    assert [point["loss_increase"] for point in found["fixed"]] == pytest.approx(
+        np.array(policy.training.loss) - policy.training.loss[0]
+    )
+    assert found["oracle"] is None and plot_pareto(result, tmp_path / "pareto.png").is_file()
+    deeper = [dataclasses.replace(point, loss_increase=None) for point in points]
+    assert advise(judged(policy, None, frontier=tuple(deeper)), prompts[0])["pareto"] is None
 
 
 @pytest.mark.parametrize(
