@@ -62,7 +62,7 @@ def remove_deep_insert(model: Any) -> Any:
 
 def set_insert_layer(model: Any, insert_layer: int) -> None:
     """Make `insert_layer` the layer in force, and write it to `model.config`."""
-    insertion = _insertion(model)
+    insertion = insertion_of(model)
     layer = operator.index(insert_layer)
     insertion.check([layer])
     insertion.insert_layer = layer
@@ -71,7 +71,7 @@ def set_insert_layer(model: Any, insert_layer: int) -> None:
 
 def insert_layer_of(model: Any) -> int:
     """The insert layer in force outside `insert_at`."""
-    return _insertion(model).insert_layer
+    return insertion_of(model).insert_layer
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def insert_at(
     A row that generation repeats (beams, several samples) takes its layer along. `multimodal_mask` (B, S)
     bool says which positions are multimodal where the model cannot know, as with `inputs_embeds` alone.
     """
-    insertion = _insertion(model)
+    insertion = insertion_of(model)
     layers = _layers(insert_layer)
     insertion.check(layers)
     with insertion.overridden(Override(tuple(layers), multimodal_mask)):
@@ -97,7 +97,8 @@ def _layers(insert_layer: Any) -> list[int]:
         return [operator.index(layer) for layer in insert_layer]
 
 
-def _insertion(model: Any) -> Insertion:
+def insertion_of(model: Any) -> Insertion:
+    """What `deep_insert` installed on `model`. Raises `ValueError` where it did not."""
     insertion = getattr(find_stack(model), ATTRIBUTE, None)
     if insertion is None:
         raise ValueError(f"{type(model).__name__} has no insert layer yet: call deep_insert(model) first")

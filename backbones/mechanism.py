@@ -37,6 +37,7 @@ from .forward import Forward
 from .grouping import can_group, in_groups
 from .positions import POSITION_ARGUMENTS, Sightings, real_positions, told_positions
 from .rows import Rows, rows_of
+from .section import Section
 from .static_cache import hide_holes
 
 ATTRIBUTE = "_deepinsert"
@@ -54,12 +55,18 @@ _OVERRIDES: ContextVar[dict[int, Override]] = ContextVar("deepinsert", default={
 """By the id of the insertion. Never changed in place, so that threads and tasks do not see each other's."""
 
 
+Driver = Callable[[Callable[..., Any], dict[str, Any], Sightings], Any]
+"""Does a stack's work in its place: given the stock call, its arguments by name, and what was seen before."""
+
+
 class _Progress(threading.local):
     """What one thread's forward is doing; a copy of the model starts afresh."""
 
     def __init__(self) -> None:
         self.seen = Sightings()
         self.forward: Forward | None = None
+        self.driver: Driver | None = None
+        self.section: Section | None = None
         self.depth = 0
         """How many calls of the stack are open."""
 
@@ -167,6 +174,24 @@ class Insertion:
             self.overrides -= 1
             _OVERRIDES.reset(token)
 
+    @contextmanager
+    def driven(self, driver: Driver) -> Iterator[None]:
+        """`driver` is called in place of the stack, in this thread."""
+        outer, self.progress.driver = self.progress.driver, driver
+        try:
+            yield
+        finally:
+            self.progress.driver = outer
+
+    @contextmanager
+    def running(self, section: Section) -> Iterator[None]:
+        """The layers go through `section`, in this thread."""
+        outer, self.progress.section = self.progress.section, section
+        try:
+            yield
+        finally:
+            self.progress.section = outer
+
     @property
     def override(self) -> Override | None:
         return _OVERRIDES.get().get(id(self))
@@ -253,6 +278,8 @@ class Insertion:
         call = self.bind(args, kwargs)
         progress.seen, progress.depth = Sightings(), progress.depth + 1
         try:
+            if progress.driver is not None:
+                return progress.driver(stock, call, seen)
             if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
                 return stock(*args, **kwargs)
             embeds = call.get("inputs_embeds")
@@ -350,6 +377,9 @@ class Insertion:
         """Decoder layer `index`, called with the rows that are alive in it."""
         compiling = torch.compiler.is_compiling()
         forward = None if compiling else self.progress.forward
+        if not compiling and self.progress.section is not None:
+            call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
+            return self.progress.section.call(index, stock, self.layer_arguments[0], call)
         if forward is None and not compiling:
             if self.progress.depth == 0 and max(self.layers) > 0:
                 raise UnsupportedModelError(

@@ -154,6 +154,16 @@ class LayerPolicy:
         assert max_loss_increase is not None
         return skip_weight_for_loss(points, max_loss_increase)
 
+    def layers(
+        self, backbone: Backbone, prompts: Sequence[Prompt], skip_weight: float | None = None
+    ) -> list[int]:
+        """The most probable insert layer of each prompt (P) at λ, as `Backbone.generate` asks for it.
+
+        Raises `ValueError` for another backbone than the policy was trained on.
+        """
+        replace(self, backbone=backbone).checked_backbone()
+        return self.act(self.observation(backbone, prompts), skip_weight).tolist()
+
     def recommend(
         self,
         question: str,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from backbones import Backbone, load_backbone
 from envs.known_rewards import columns_of, prompt_columns, take_over
-from envs.prompt_groups import shards_of
+from envs.prompt_keys import shards_of
 from envs.prompts import Prompt, prompts_from
 from envs.reward_files import RewardFiles
 from envs.rewards import RewardTable

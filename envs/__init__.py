@@ -21,6 +21,7 @@ PUBLIC = {
     "encode": "prompts",
     "prompts_from": "prompts",
     "Normaliser": "observations",
+    "Observation": "observations",
     "prompt_embeddings": "observations",
     "RewardTable": "rewards",
     "InsertLayerEnv": "insert_layer_env",

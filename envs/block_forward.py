@@ -5,18 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from backbones import Backbone, CostModel
+from backbones.loading import to_model
 
 from .prompts import IGNORED, Prompt, answer_loss, encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FloatArray = NDArray[np.float64]
 
@@ -34,8 +31,15 @@ class BlockForward:
         """Model inputs of the prompts `rows` on the backbone's device, padded right, with `labels`."""
         return to_model(encode(self.backbone.processor, self.prompts[rows]), self.backbone.model)
 
-    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int) -> FloatArray:
-        """Loss in nats of each prompt of an encoded block, (rows,)."""
+    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]) -> FloatArray:
+        """Loss in nats of each prompt of an encoded block, (rows,), at one layer or one for each."""
+        with torch.inference_mode():
+            return answer_loss(*self.logits(inputs, insert_layer)).double().cpu().numpy()
+
+    def logits(
+        self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (rows, A, V) and labels (rows, A) of an encoded block, from its first answer on."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         answered = (labels != IGNORED).any(dim=0).nonzero()
@@ -43,10 +47,9 @@ class BlockForward:
         tail = labels.shape[1] - first
         if self.keeps_logits:
             inputs["logits_to_keep"] = tail  # type: ignore[assignment]
-        with torch.inference_mode(), self.backbone.insert_at(insert_layer):
+        with self.backbone.insert_at(insert_layer):
             logits = self.backbone.model(**inputs, use_cache=False).logits
-            loss = answer_loss(logits[:, -tail:], labels[:, -tail:])
-        return loss.double().cpu().numpy()
+        return logits[:, -tail:], labels[:, -tail:]
 
     def flops(
         self, rows: slice, inputs: Mapping[str, torch.Tensor], insert_layers: Sequence[int]
@@ -90,12 +93,3 @@ def prefill_flops(
             ]
         found.append(counted[key])
     return np.array(found)
-
-
-def to_model(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """`inputs` on the model's device, with pixels and spectra in the model's precision."""
-    device, dtype = model.device, model.dtype
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-    }

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 
-from .observations import LIMIT, Normaliser, check_observations, prompt_embeddings
+from .observations import LIMIT, Normaliser, Observation, check_observations
 from .rewards import Bonus, RewardTable
 from .skip_weights import SkipWeights
 
@@ -48,7 +48,8 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     log-likelihood over the answer's tokens in nats, $\lambda$ is `skip_weight`, and *bonus* in [0, 1] is
 
     - `"depth"`: $L / N$, the share of layers skipped (the paper's);
-    - `"flops"`: $1 - F(L) / F(0)$, the share of the prompt's prefill FLOPs saved, clipped to [0, 1].
+    - `"flops"`: $1 - F(L) / F(0)$, the share of the prompt's prefill FLOPs saved, clipped to [0, 1];
+    - `"time"`: the share of prefill time saved, as measured, for a table whose `times` are known.
 
     The bonus has no unit, so $\lambda$ is in nats: `skip_weight=0.5` gives up half a nat of loss for
     skipping every layer. Rewards are looked up in a `RewardTable`, which computes them when first needed.
@@ -76,10 +77,11 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     - `insert_layers`: "all", or the candidates in ascending order (with a backbone; a table has its own);
     - `skip_weight`: $\lambda$, at least 0, or the two ends of a range such as `(0, 2)`;
-    - `bonus`: "depth" or "flops";
+    - `bonus`: "depth", "flops" or "time";
     - `normaliser`: applied to the observations. By default fitted to the prompts' embeddings; with a table,
       observations are taken as they come, clipped;
-    - `batch_size`: prompts embedded at a time (with a backbone).
+    - `observation`: what is observed of a prompt (with a backbone), by default its input embeddings;
+    - `batch_size`: prompts observed at a time (with a backbone).
 
     ## Reset Options
     `reset(options={"prompt": i})` starts with prompt `i`, 0 to P-1, and draws none;
@@ -111,6 +113,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         insert_layers: Sequence[int] | Literal["all"] = "all",
         skip_weight: float | tuple[float, float] | SkipWeights = 0.5,
         bonus: Bonus = "depth",
+        observation: Observation | None = None,
         batch_size: int = 32,
         render_mode: str | None = None,
     ) -> None:
@@ -122,7 +125,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
                     "a table in memory goes with observations; beside a backbone, give its folder"
                 )
             table = RewardTable(backbone, prompts, insert_layers, folder=table)
-            observations = prompt_embeddings(backbone, prompts, batch_size)
+            observations = (observation or Observation())(backbone, prompts, batch_size)
             normaliser = normaliser or Normaliser.fit(observations)
         elif insert_layers != "all":
             raise TypeError("a table has its own insert_layers: leave the argument out")

@@ -5,10 +5,8 @@ Everything goes through the model's own processor and chat template; nothing her
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +16,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chat_text import (
+    answer_positions,
+    answered,
+    any_of,
+    defused,
+    pad_token_set,
+    placeholder_ids_of,
+    render,
+    special_tokens,
+    text_part,
+    writes_bos,
+)
 from .instructions import IMAGE_MARK, InstructionData, Record
 from .media import DatasetError, open_image
 
@@ -74,6 +84,11 @@ class Prompt:
         ]
 
     @classmethod
+    def to_generate(cls, processor: ProcessorMixin, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Inputs of `generate` for a batch of prompts: padded left, ending where the answers begin."""
+        return encode(processor, prompts, with_answers=False, padding_side="left")
+
+    @classmethod
     def from_question(
         cls, question: str, image: Image.Image | str | Path | None = None, answer: str = ""
     ) -> Prompt:
@@ -86,8 +101,11 @@ class Prompt:
             real = Path(image).resolve()
             key = str(real)
             images = (ImageRef(real.parent, real.name),)
-        content = _content(question, len(images)) if images else [_text(question)]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [_text(answer)]}]
+        content = _content(question, len(images)) if images else [text_part(question)]
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [text_part(answer)]},
+        ]
         if len(images) != _image_count(messages):
             raise ValueError(
                 f"question {question!r} has {_image_count(messages)} {IMAGE_MARK} marks for one image"
@@ -155,19 +173,12 @@ def encode(
     if not prompts:
         raise ValueError("no prompts to encode")
     tokenizer: Any = getattr(processor, "tokenizer", processor)
-    special = _special_tokens(processor, tokenizer)
-    unsafe = _any_of(special)
-    chats = [[_defused(message, unsafe) for message in prompt.messages] for prompt in prompts]
-    if with_answers:
-        end = tokenizer.eos_token or ""
-        marked = [_answered(processor, p, chat, special, end) for p, chat in zip(prompts, chats, strict=True)]
-    else:
-        marked = [(_render(processor, chat[:-1], generation_prompt=True), []) for chat in chats]
+    marked = chat_texts(processor, prompts, with_answers)
     texts = [text for text, _ in marked]
 
-    arguments: dict[str, Any] = {"add_special_tokens": not _writes_bos(tokenizer, texts)}
+    arguments: dict[str, Any] = {"add_special_tokens": not writes_bos(tokenizer, texts)}
     images = [loaded for prompt in prompts if (loaded := prompt.load_images())]
-    with _pad_token(tokenizer):
+    with pad_token_set(tokenizer):
         batch = processor(
             text=texts,
             **({"images": images} if images else {}),
@@ -178,16 +189,33 @@ def encode(
         )
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     if with_answers:
-        placeholders = _placeholder_ids(processor, tokenizer)
+        placeholders = placeholder_ids_of(processor, tokenizer)
         inputs["labels"] = torch.full_like(inputs["input_ids"], IGNORED)
         for row, (prompt, (text, spans)) in enumerate(zip(prompts, marked, strict=True)):
             where = inputs["attention_mask"][row].nonzero().squeeze(1)
             ids = inputs["input_ids"][row, where]
-            answer = _answer_positions(
+            answer = answer_positions(
                 tokenizer, text, spans, ids.tolist(), placeholders, arguments, prompt.id
             )
             inputs["labels"][row, where[answer]] = ids[answer]
     return inputs
+
+
+def chat_texts(
+    processor: ProcessorMixin, prompts: Sequence[Prompt], with_answers: bool = True
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Each conversation as the chat template writes it, and the spans of its characters that carry loss.
+
+    Without answers, the last answer is left out and asked for.
+    """
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    special = special_tokens(processor, tokenizer)
+    unsafe = any_of(special)
+    chats = [[defused(message, unsafe) for message in prompt.messages] for prompt in prompts]
+    if not with_answers:
+        return [(render(processor, chat[:-1], generation_prompt=True), []) for chat in chats]
+    end = tokenizer.eos_token or ""
+    return [answered(processor, p, chat, special, end) for p, chat in zip(prompts, chats, strict=True)]
 
 
 def text_token_ids(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -196,11 +224,9 @@ def text_token_ids(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list
     No image is opened. Tokens that a processor itself writes around its placeholders are not among them.
     """
     tokenizer: Any = getattr(processor, "tokenizer", processor)
-    unsafe = _any_of(_special_tokens(processor, tokenizer))
-    placeholders = _placeholder_ids(processor, tokenizer)
-    chats = [[_defused(message, unsafe) for message in prompt.messages[:-1]] for prompt in prompts]
-    texts = [_render(processor, chat, generation_prompt=True) for chat in chats]
-    rows = tokenizer(texts, add_special_tokens=not _writes_bos(tokenizer, texts))["input_ids"]
+    placeholders = placeholder_ids_of(processor, tokenizer)
+    texts = [text for text, _ in chat_texts(processor, prompts, with_answers=False)]
+    rows = tokenizer(texts, add_special_tokens=not writes_bos(tokenizer, texts))["input_ids"]
     return [[token for token in row if token not in placeholders] for row in rows]
 
 
@@ -222,15 +248,11 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([row.mean() for row in losses.split(counts)])
 
 
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
 def _content(question: str, images: int) -> list[dict[str, str]]:
     """Content parts of a question about images: each mark an image, in place; without marks, images first."""
     pieces = question.split(IMAGE_MARK)
     if len(pieces) == 1:
-        return [{"type": "image"}] * images + [_text(question)]
+        return [{"type": "image"}] * images + [text_part(question)]
     content: list[dict[str, str]] = []
     for position, piece in enumerate(pieces):
         if position > 0:
@@ -239,7 +261,7 @@ def _content(question: str, images: int) -> list[dict[str, str]]:
         if position < len(pieces) - 1:
             piece = piece.removesuffix("\n")
         if piece.strip():
-            content.append(_text(piece))
+            content.append(text_part(piece))
     return content
 
 
@@ -250,170 +272,11 @@ def _messages(record: Record) -> list[dict[str, Any]]:
         if record.images:
             content = _content(turn.question, len(record.images) if unmarked and number == 0 else 0)
         else:
-            content = [_text(turn.question)]
+            content = [text_part(turn.question)]
         messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [_text(turn.answer)]})
+        messages.append({"role": "assistant", "content": [text_part(turn.answer)]})
     return messages
 
 
 def _image_count(messages: Sequence[dict[str, Any]]) -> int:
     return sum(part["type"] == "image" for message in messages for part in message["content"])
-
-
-def _special_tokens(processor: Any, tokenizer: Any) -> list[str]:
-    """Texts of all special tokens, the placeholders included, longest first."""
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special.update(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    special.update(_placeholders(processor))
-    return sorted((token for token in special if token.strip()), key=lambda token: (-len(token), token))
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-
-def _defused(message: dict[str, Any], unsafe: re.Pattern[str]) -> dict[str, Any]:
-    def apart(match: re.Match[str]) -> str:
-        return f"{match[0][0]} {match[0][1:]}"
-
-    content = [
-        _text(unsafe.sub(apart, part["text"])) if part["type"] == "text" else part
-        for part in message["content"]
-    ]
-    return {**message, "content": content}
-
-
-def _placeholders(processor: Any) -> list[str]:
-    names = ("image_token", "video_token", "audio_token")
-    return [str(token) for name in names if (token := getattr(processor, name, None))]
-
-
-def _placeholder_ids(processor: Any, tokenizer: Any) -> frozenset[int]:
-    return frozenset(tokenizer.convert_tokens_to_ids(_placeholders(processor)))
-
-
-def _render(processor: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = False) -> str:
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-
-
-def _answered(
-    processor: Any, prompt: Prompt, chat: list[dict[str, Any]], special: Sequence[str], eos: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the spans of characters that carry loss in it."""
-    text = _render(processor, chat)
-    turns = [position for position, message in enumerate(chat) if message["role"] == "assistant"]
-    last = turns[-1]
-    spans = []
-    for position in turns if prompt.loss_on == "all" else [last]:
-        before = _render(processor, chat[:position], generation_prompt=True)
-        through = text if position == last else _render(processor, chat[: position + 1])
-        # LLaVA-OneVision writes "assistant \n" before an answer, but "assistant\n" to ask for one.
-        shared = before if through.startswith(before) else before.rstrip()
-        said = _past_space(through, len(shared))
-        start = len(before) if shared == before else said
-        answer = chat[position]["content"][0]["text"].strip()
-        if not (
-            text.startswith(through)
-            and through.startswith(shared)
-            and through.startswith(answer, said if answer else start)
-        ):
-            raise ValueError(
-                f"prompt {prompt.id!r}: the chat template of {type(processor).__name__} does not write "
-                f"answer {answer[:60]!r} as a continuation of the conversation before it, so its tokens "
-                "cannot be told from the others; use a template that renders a turn the same with and "
-                "without what follows"
-            )
-        end = (said if answer else start) + len(answer)
-        stop = _end_of_turn(through, end, special)
-        if stop == end and position == last:
-            text = through[:end] + eos
-            stop = len(text)
-        spans.append((start, stop))
-    return text, spans
-
-
-def _end_of_turn(text: str, end: int, special: Sequence[str]) -> int:
-    """Where the special token that follows `end`, after white space at most, ends; `end` without one."""
-    lead = _past_space(text, end)
-    return next((lead + len(token) for token in special if text.startswith(token, lead)), end)
-
-
-def _past_space(text: str, position: int) -> int:
-    """The first position from `position` on that holds no white space."""
-    return len(text) - len(text[position:].lstrip())
-
-
-def _writes_bos(tokenizer: Any, texts: Sequence[str]) -> bool:
-    """Whether the template has written the beginning-of-text token, so that the tokenizer must not."""
-    return bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
-
-
-@contextmanager
-def _pad_token(tokenizer: Any) -> Iterator[None]:
-    """Lets a tokenizer without a pad token pad with eos; attention masks tell the two apart."""
-    if tokenizer.pad_token is not None:
-        yield
-        return
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has neither a pad nor an eos token; set tokenizer.pad_token"
-        )
-    tokenizer.pad_token = tokenizer.eos_token
-    try:
-        yield
-    finally:
-        tokenizer.pad_token = None
-
-
-def _answer_positions(
-    tokenizer: Any,
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    ids: list[int],
-    placeholders: frozenset[int],
-    arguments: dict[str, Any],
-    name: str,
-) -> list[int]:
-    """Positions in `ids`, the row without padding, of the tokens that cover the `spans` of `text`."""
-    plain = tokenizer(text, return_offsets_mapping=True, **arguments)
-    # Whitespace tokens may have empty offsets, at the end of the characters they stand for.
-    covered = [
-        position
-        for position, (start, end) in enumerate(plain["offset_mapping"])
-        if any(end > a and (start < b or start == end == b) for a, b in spans)
-    ]
-    places = _align(plain["input_ids"], ids, placeholders)
-    if places is None or not covered:
-        raise ValueError(
-            f"prompt {name!r}: the processor's tokens are not its chat text with placeholders repeated, "
-            "so the answer's tokens cannot be found; this processor is not supported"
-        )
-    return [places[position] for position in covered]
-
-
-def _align(plain: list[int], expanded: list[int], placeholders: frozenset[int]) -> list[int] | None:
-    """Position in `expanded` of each token of `plain`, whose placeholders `expanded` writes at length.
-
-    A placeholder's own position is where its expansion starts. None where the two do not match.
-    """
-    places: list[int] = []
-    here = 0
-    position = 0
-    while position < len(plain):
-        marks = position
-        while position < len(plain) and plain[position] in placeholders:
-            position += 1
-        if position > marks:
-            places += [here] * (position - marks)
-            while here < len(expanded) and expanded[here] in placeholders:
-                here += 1
-        end = position
-        while end < len(plain) and plain[end] not in placeholders:
-            end += 1
-        segment = plain[position:end]
-        if expanded[here : here + len(segment)] != segment:
-            return None
-        places += range(here, here + len(segment))
-        here += len(segment)
-        position = end
-    return places if here == len(expanded) else None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .block_forward import BlockForward, prefill_flops
 from .group_forward import GroupForward
 from .known_rewards import columns_of, prompt_columns, prompts_of, take_over
-from .prompt_groups import digest, distinct, group_key, prompt_groups, prompt_keys
+from .prompt_keys import digest, distinct, group_key, prompt_groups, prompt_keys
 from .reward_files import RewardFiles
 
 if TYPE_CHECKING:

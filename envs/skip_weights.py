@@ -1,7 +1,7 @@
 """The range of skip weights λ that an environment plays and a policy answers for.
 
-One λ leaves the observation as it is. A range draws λ for each episode and shows it to the policy, so that one
-policy serves every trade between loss and saving.
+One λ leaves the observation as it is. A range draws λ for each episode and shows it to the policy, so that
+one policy serves every trade between loss and saving.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SkipWeights:
         if not (np.isfinite(self.low) and np.isfinite(self.high) and 0 <= self.low <= self.high):
             shown = self.low if self.low == self.high else (self.low, self.high)
             raise ValueError(
-                f"skip_weight {shown!r}: give a finite weight of at least 0, or two of them in ascending order"
+                f"skip_weight {shown!r}: give a finite weight of at least 0, or two in ascending order"
             )
         object.__setattr__(self, "low", float(self.low))
         object.__setattr__(self, "high", float(self.high))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "backbones")]  # small_*, zoo
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +18,14 @@ def tiny_backbone():
     from backbones import load_backbone
 
     return load_backbone("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session", params=["llava_next", "qwen2_5_vl"])
+def small_backbone(request):
+    """A small random model with its real processor: tiles and newlines; grids and 3-D positions."""
+    from small_backbones import BUILDERS
+
+    return BUILDERS[request.param]()
 
 
 @pytest.fixture(scope="session")

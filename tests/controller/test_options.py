@@ -17,6 +17,7 @@ from controller.options import (
     SweepOptions,
     TrainPolicyOptions,
     parse_layers,
+    parse_observation,
     parse_share,
     parse_sources,
 )
@@ -56,6 +57,20 @@ def test_what_is_no_share_is_refused(text):
         parse_share(text, "--max-bad")
 
 
+@pytest.mark.parametrize(("text", "layer"), [("embeddings", 0), ("hidden:1", 1), (" hidden:12 ", 12)])
+def test_observations_are_read(text, layer):
+    assert parse_observation(text) == layer
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "hidden", "hidden:", "hidden:0", "hidden:-1", "hidden:x", "hidden:99999", "embeddings:1"],
+)
+def test_what_is_no_observation_is_refused(text):
+    with pytest.raises(ValueError, match="--observation"):
+        parse_observation(text)
+
+
 def test_sources_are_read():
     assert parse_sources("coco, gqa,") == ("coco", "gqa")
     assert parse_sources("") is None
@@ -70,6 +85,8 @@ def test_good_options_pass(data, tmp_path):
     options.check(RecommendOptions(out=tmp_path, policy=tmp_path, data=data))
     options.check(FinetuneOptions(out=tmp_path, data=data, insert_layer=3))
     options.check(EvaluateOptions(out=tmp_path, data=data, variants=(tmp_path, tmp_path)))
+    options.check(EvaluateOptions(out=tmp_path, data=data, policy=tmp_path, skip_weight=0.3))
+    options.check(EvaluateOptions(out=tmp_path, data=data, insert_layers="0,3"))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +106,9 @@ def test_good_options_pass(data, tmp_path):
         (lambda data: FinetuneOptions(out=data, data=data, insert_layer=-1), "--insert-layer -1"),
         (lambda data: FinetuneOptions(out=data, data=data, steps=0), "--steps 0"),
         (lambda data: EvaluateOptions(out=data, data=data, variants=(data.parent,)), "--variants"),
+        (lambda data: EvaluateOptions(out=data, data=data, policy=data.parent), "--policy .*policy.json"),
+        (lambda data: EvaluateOptions(out=data, data=data, skip_weight=0.1), "--skip-weight 0.1.*--policy"),
+        (lambda data: EvaluateOptions(out=data, data=data, insert_layers="x"), "--insert-layers 'x'"),
         (lambda data: RecommendOptions(out=data, policy=data.parent, prompt="?"), "--policy"),
         (lambda data: RecommendOptions(out=data, policy=data.parent), "--prompt .* or --data"),
         (

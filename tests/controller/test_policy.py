@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from controller.algorithms import ppo
 from controller.frontier import FrontierPoint
 from controller.policy import LayerPolicy
 from controller.statistics import Interval
-from controller.training import ppo, train_policy
+from controller.training import train_policy
 from envs.observations import Observation
 from envs.rewards import RewardTable
 from envs.skip_weights import SkipWeights
@@ -93,7 +94,7 @@ def rewrite_weights(folder, data):
 def test_probabilities_and_actions_are_those_of_sb3(table, tmp_path, monkeypatch):
     rewards, observations = table
     models = []
-    monkeypatch.setattr("controller.training.ppo", lambda *args: models.append(ppo(*args)) or models[-1])
+    monkeypatch.setattr("controller.algorithms.ppo", lambda *args: models.append(ppo(*args)) or models[-1])
     train_policy(rewards, observations, steps=4096).save(tmp_path)
     loaded = LayerPolicy.load(tmp_path)
     many = np.random.default_rng(1).normal(3.0, 4.0, size=(500, WIDTH))

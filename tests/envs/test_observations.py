@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from zoo import FAMILIES
 
-from envs import Normaliser, Prompt, encode, load_instructions, prompt_embeddings, prompts_from
-from envs.observations import LIMIT, check_observations
+from backbones import Backbone, deep_insert
+from backbones.families import find_stack
+from envs import (
+    Normaliser,
+    Observation,
+    Prompt,
+    encode,
+    load_instructions,
+    prompt_embeddings,
+    prompts_from,
+)
+from envs.observations import LIMIT, check_observations, image_features, text_states
 from envs.prompts import ImageRef, text_token_ids
 
 
@@ -66,6 +79,184 @@ def test_different_questions_differ(tiny_backbone):
     questions = ["What colour is the circle?", "What word is written?", "What is 2 plus 2?"]
     seen = prompt_embeddings(tiny_backbone, [Prompt.from_question(question) for question in questions])
     assert len({row.tobytes() for row in seen}) == 3
+
+
+# Hidden states of text alone.
+
+
+def pictures() -> list[Image.Image]:
+    """A wide, a high and a square picture, each of its own colours."""
+    made = []
+    for seed, size in enumerate([(40, 20), (25, 60), (30, 30)]):
+        noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        made.append(Image.fromarray(noise))
+    return made
+
+
+@pytest.fixture(scope="module")
+def illustrated() -> list[Prompt]:
+    """Prompts of several lengths with one image, none, two, and one that another prompt has."""
+    wide, high, square = pictures()
+    both = Prompt.from_question("Which is larger?", wide)
+    content = [{"type": "image"}, *both.messages[0]["content"]]
+    both = dataclasses.replace(
+        both, messages=[{"role": "user", "content": content}, both.messages[1]], images=(high, square)
+    )
+    return [
+        Prompt.from_question("What colour is it?", wide, "Red"),
+        Prompt.from_question("Is the sky blue, or is it another colour at night?", answer="Yes"),
+        both,
+        Prompt.from_question("Why?", high),
+        Prompt.from_question("What else is there to be seen in this picture?", wide),
+    ]
+
+
+def text_states_with_the_image(backbone: Backbone, prompt: Prompt, layer: int, insert_layer: int):
+    """Mean state of the text rows that enters `layer` where the image enters at `insert_layer`."""
+    inputs = encode(backbone.processor, [prompt], with_answers=False)
+    with torch.no_grad(), backbone.insert_at(insert_layer):
+        states = backbone.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[layer]
+    text = ~torch.isin(inputs["input_ids"][0], torch.tensor(sorted(backbone.placeholder_ids)))
+    return states[0, text].mean(dim=0).numpy()
+
+
+def check_states(backbone: Backbone, prompts: list[Prompt], layers: list[int]) -> None:
+    for layer in layers:
+        seen = Observation(layer)(backbone, prompts)
+        assert seen.shape == (len(prompts), backbone.model.get_input_embeddings().weight.shape[1])
+        assert seen.dtype == np.float32
+        for insert_layer in {layer, backbone.num_layers}:
+            wanted = [text_states_with_the_image(backbone, each, layer, insert_layer) for each in prompts]
+            np.testing.assert_allclose(seen, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+        early = [text_states_with_the_image(backbone, each, layer, 0) for each in prompts]
+        assert np.abs(seen - early).max() > 0.01, "the image must matter, or this test shows nothing"
+
+
+def test_states_are_those_that_an_insertion_computes_on_the_tiny_backbone(tiny_backbone, prompts):
+    check_states(tiny_backbone, prompts[:6], [1, 3, 7])
+
+
+def test_states_are_those_that_an_insertion_computes(small_backbone, illustrated):
+    check_states(small_backbone, illustrated, [1, 2, 3])
+
+
+OTHERWISE = {"blip-2", "instructblip", "instructblipvideo", "kosmos-2"}  # encode an image always
+OTHERWISE |= {
+    "qwen2_5_omni_thinker-video",
+    "qwen3_omni_moe_thinker-video",
+}  # want a video's frames for its sound
+OTHERWISE |= {"ovis2"}  # embeds the tokens around an image by its encoder
+OTHERWISE |= {"kosmos-2.5"}  # names no placeholder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - OTHERWISE))
+def test_text_needs_no_features_in_any_family(name):
+    family = FAMILIES[name]
+    backbone = Backbone(deep_insert(family.model()), None, name)  # type: ignore[arg-type]
+    inputs = family.batch(backbone.model, padding="right")
+    blind = {key: value for key, value in inputs.items() if not value.is_floating_point()}
+    for layer in range(1, family.deepest + 1):
+        if name.startswith("gemma3n"):
+            with pytest.raises(ValueError, match="several streams"):
+                text_states(backbone, blind, layer)
+            continue
+        alone, beside = text_states(backbone, blind, layer), text_states(backbone, inputs, layer)
+        for mine, wanted in zip(alone, beside, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prompt_is_seen_the_same_in_any_batch(small_backbone, illustrated):
+    for observation in (Observation(2), Observation(4), Observation(2, image=True)):
+        together = observation(small_backbone, illustrated)
+        for batch_size in (1, 2):
+            apart = observation(small_backbone, illustrated[::-1], batch_size)[::-1]
+            np.testing.assert_allclose(apart, together, rtol=1e-5, atol=1e-6 * np.abs(together).max())
+
+
+def encoder_calls(backbone: Backbone) -> list[int]:
+    """Numbers of images or patches that the vision tower is called with from now on."""
+    calls: list[int] = []
+    tower = next(
+        module
+        for name, module in backbone.model.named_modules()
+        if name.rpartition(".")[2] in ("vision_tower", "visual")
+    )
+    tower.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
+    return calls
+
+
+def test_text_is_seen_without_an_encoder_and_an_image_once(small_backbone, illustrated):
+    backbone = dataclasses.replace(small_backbone, model=copy.deepcopy(small_backbone.model))
+    calls = encoder_calls(backbone)
+    later: list[int] = []
+    for layer in find_stack(backbone.model).layers[2:]:
+        layer.register_forward_pre_hook(lambda module, args: later.append(1))
+    Observation(2)(backbone, illustrated)
+    assert not calls and not later
+    Observation(2, image=True)(backbone, illustrated, batch_size=1)
+    assert len(calls) == 3  # wide, high and square, high
+    assert not later
+
+
+def test_observing_leaves_the_model_as_it_was(small_backbone, illustrated):
+    inputs = encode(small_backbone.processor, illustrated[:1])
+    with torch.no_grad():
+        before = small_backbone.model(**inputs).logits
+        Observation(3, image=True)(small_backbone, illustrated)
+        after = small_backbone.model(**inputs).logits
+    assert torch.equal(before, after) and small_backbone.insert_layer == 0
+
+
+def test_the_image_summary_is_the_mean_of_the_projected_features(small_backbone, illustrated):
+    seen = Observation(1, image=True)(small_backbone, illustrated)
+    width = seen.shape[1] // 2
+    np.testing.assert_array_equal(seen[:, :width], Observation(1)(small_backbone, illustrated))
+    summary = seen[:, width:]
+    assert not summary[1].any() and np.abs(summary[[0, 2, 3]]).max(axis=1).min() > 0
+    np.testing.assert_array_equal(summary[0], summary[4])
+    for prompt, row in zip(illustrated, summary, strict=True):
+        if prompt.images:
+            inputs = encode(small_backbone.processor, [prompt], with_answers=False)
+            with torch.no_grad():
+                outputs = small_backbone.model(**inputs, output_hidden_states=True)
+            image = torch.isin(inputs["input_ids"][0], torch.tensor(sorted(small_backbone.placeholder_ids)))
+            wanted = outputs.hidden_states[0][0, image].mean(dim=0).numpy()
+            np.testing.assert_allclose(row, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_0_is_the_mean_embedding_bit_for_bit(tiny_backbone, prompts, observations):
+    np.testing.assert_array_equal(Observation()(tiny_backbone, prompts), observations)
+    with_image = Observation(image=True)(tiny_backbone, prompts)
+    np.testing.assert_array_equal(with_image[:, : observations.shape[1]], observations)
+
+
+def test_observations_have_names():
+    assert Observation().name == "embeddings" and Observation(3).name == "hidden:3"
+    assert Observation(3, image=True).name == "hidden:3+image"
+
+
+def test_what_cannot_be_observed_is_refused(tiny_backbone, prompts):
+    for wrong in (-1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="text_layer"):
+            Observation(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hidden:8 at most"):
+        Observation(9)(tiny_backbone, prompts[:1])
+    with pytest.raises(ValueError, match="no prompts"):
+        Observation(1)(tiny_backbone, [])
+
+
+def test_a_model_that_always_encodes_an_image_is_refused(prompts):
+    model = deep_insert(FAMILIES["blip-2"].model())
+    with pytest.raises(ValueError, match="Blip2ForConditionalGeneration runs with an image alone"):
+        Observation(1)(Backbone(model, None, "blip"), prompts[:1])  # type: ignore[arg-type]
+
+
+def test_features_that_nobody_shows_are_refused():
+    family = FAMILIES["chameleon"]
+    model = deep_insert(family.model())
+    with pytest.raises(ValueError, match="inside its decoder"):
+        image_features(Backbone(model, None, "chameleon"), family.batch(model))  # type: ignore[arg-type]
 
 
 def test_normalised_training_observations_have_mean_0_and_deviation_1(observations):

@@ -1,0 +1,70 @@
+"""A run of some decoder layers on rows that are given as they enter them.
+
+What all insert layers compute alike, the text-only layers above all, is computed once and handed to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Section:
+    """Layers `start` to `stop` - 1 of a stack's forward; the others hand on what they are given.
+
+    At layer `start` the rows where `placed` (R,) is True become `states` (1, R, D). `mask(layer, dtype)` is a
+    layer's attention mask (1, 1, R, K) for R new rows and K keys. `kept` collects the input (1, R, D) of each
+    layer in `keep`.
+    """
+
+    start: int
+    stop: int
+    mask: Callable[[int, torch.dtype], Tensor]
+    states: Tensor | None = None
+    placed: Tensor | None = None
+    keep: frozenset[int] = frozenset()
+    in_tuples: bool = False
+    """Whether the layers return tuples: those passed over must as well."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def call(self, index: int, stock: Callable[..., Any], first: str, call: dict[str, Any]) -> Any:
+        """Decoder layer `index`, whose hidden states are its argument `first`."""
+        hidden = call.pop(first)
+        if index == self.start and self.states is not None and self.placed is not None:
+            hidden = torch.where(self.placed[:, None], self.states.to(hidden.device), hidden)
+        if index in self.keep:
+            self.kept[index] = hidden
+        if not self.start <= index < self.stop:
+            return (hidden,) if self.in_tuples else hidden
+        call["attention_mask"] = self.mask(index, hidden.dtype)
+        output = stock(hidden, **call)
+        self.in_tuples = isinstance(output, tuple)
+        return output
+
+
+def mask_maker(
+    seen: Tensor, rows: Tensor, keys: Tensor, windows: Sequence[int | None], additive: bool
+) -> Callable[[int, torch.dtype], Tensor]:
+    """Makes `Section.mask` from `seen` (R, K) bool, once for each window.
+
+    `rows` (R,) and `keys` (K,) are positions in the full sequence, in which sliding windows are measured;
+    `additive` gives 0 and the lowest number instead of True and False, as eager attention takes them.
+    """
+    made: dict[int | None, Tensor] = {}
+
+    def mask(layer: int, dtype: torch.dtype) -> Tensor:
+        window = windows[layer]
+        if window not in made:
+            visible = seen if window is None else seen & (rows[:, None] - keys[None, :] < window)
+            if additive:
+                lowest = torch.finfo(dtype).min
+                visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
+            made[window] = visible[None, None]
+        return made[window]
+
+    return mask

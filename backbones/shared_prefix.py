@@ -1,0 +1,307 @@
+"""One prompt with features, any number of texts that continue it, at many insert layers: no part twice.
+
+Attention is causal, so what comes first does not depend on what follows. The encoder runs once; the text
+before the features, once for all prompts that begin with it; the features' rows, once for each insert layer;
+and the texts' rows below an insert layer, which see no feature, once for all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .families import base_model_of, is_encoder_decoder
+from .insertion import insertion_of
+from .mechanism import Insertion
+from .section import Section, mask_maker
+
+Texts = dict[tuple[int, ...], DynamicCache]
+"""Keys and values of the texts that prompts begin with, by their token ids."""
+
+MOST_TEXTS = 16
+
+_ROWS = {"inputs_embeds": -2, "position_ids": -1, "visual_pos_masks": -1}
+"""Where the rows are in what a stack is handed."""
+
+_ADDED_LATER = ("visual_pos_masks", "deepstack_visual_embeds")
+_REMADE = ("attention_mask", "cache_position", "past_key_values", "use_cache")
+_GROWING_ROPE = {"dynamic", "longrope"}
+"""Rotary positions that change with the prompt's length."""
+
+
+class CannotShareError(ValueError):
+    """A row of the model depends on more than the rows before it; the message says on what."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Texts that continue one prefix, as a tree of R tokens.
+
+    `ids` (R,) are the tokens, `depth` (R,) their distances from the end of the prefix, from 0 on, and `seen`
+    (R, R) bool says which of the others each one follows: those on its way, and itself.
+    """
+
+    ids: Tensor
+    depth: Tensor
+    seen: Tensor
+
+
+class Run(NamedTuple):
+    """What some layers made of some rows: `states` (1, R, D) behind the last, `kept` inputs, the cache."""
+
+    states: Tensor
+    kept: dict[int, Tensor]
+    cache: DynamicCache
+
+
+class _Output(BaseModelOutputWithPast):
+    """What a stack returns, with None for all that some stacks return besides."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class SharedPrefix:
+    """The rows of one prompt up to its last multimodal token, to be continued by many texts.
+
+    `inputs` are the model's inputs for one such prompt and a text after it (B = 1, no padding) that is at
+    least as long as the deepest branch; the first `length` tokens are the prefix. `texts` hands what prompts
+    begin with from one prefix to the next.
+
+    Raises `CannotShareError` for a model whose rows depend on more than the rows before them.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor], length: int, texts: Texts) -> None:
+        self.model = base_model_of(model)
+        self.insertion: Insertion = insertion_of(model)
+        self.num_layers = self.insertion.num_layers
+        check_can_share(self.model, self.insertion)
+        self.in_tuples = False
+        self.call, waiting = self._captured(inputs)
+        check_arguments(self.call)
+        if waiting is None or not waiting[0, length - 1] or waiting[0, length:].any():
+            raise CannotShareError("its prefix does not end with the last multimodal token")
+        embeds = self.call["inputs_embeds"]
+        if self.call.get("position_ids") is None:
+            self.call["position_ids"] = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        self.prefix = torch.arange(length, device=embeds.device)
+        self.sample = inputs["input_ids"][0, length:]
+        begin = int(waiting[0].int().argmax())
+        self.ahead, self.rest = self.prefix[:begin], self.prefix[begin:]
+        self.is_word = ~waiting[0, begin:length]
+        self.ahead_cache = self._text_ahead(inputs["input_ids"][0, :begin].tolist(), texts)
+
+    def run(
+        self, branches: Sequence[Branches], insert_layers: Sequence[int]
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Final hidden states (R, D) of each of `branches` at each insert layer: (layer, which, states)."""
+        keep = frozenset(insert_layers)
+        words = self._words_alone(keep)
+        calls = self._embedded(branches)
+        alone = [self._branch_alone(*each, words.cache, keep) for each in zip(branches, calls, strict=True)]
+        for layer in insert_layers:
+            if layer == self.num_layers:
+                yield from ((layer, index, run.states[0]) for index, run in enumerate(alone))
+                continue
+            cache = self._prefix_at(layer, words)
+            for index, (branch, call) in enumerate(zip(branches, calls, strict=True)):
+                given = alone[index].kept.get(layer)
+                rows = len(self.prefix) + branch.depth
+                run = self._run(call, self.prefix, rows, branch.seen, cache, layer, states=given)
+                yield layer, index, run.states[0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(R, V) logits of final hidden states (R, D), by the model's own head and all that goes with it."""
+
+        def give(stock: Callable[..., Any], call: dict[str, Any], seen: Any) -> Any:
+            return _Output(last_hidden_state=states[None])
+
+        features = self.insertion.placeholder_ids
+        word = next(token for token in range(len(features) + 1) if token not in features)
+        with self.insertion.driven(give):
+            ids = torch.full((1, 1), word, device=states.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+
+    def _captured(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor | None]:
+        """What the model hands its stack for `inputs`, and (1, S) bool where that holds features."""
+        found: list[Any] = []
+
+        def take(stock: Callable[..., Any], call: dict[str, Any], seen: Any) -> Any:
+            embeds = call.get("inputs_embeds")
+            if embeds is None:
+                raise CannotShareError("its decoder stack embeds the tokens itself")
+            self.stock = stock
+            found.extend([call, seen.multimodal(embeds, self.insertion.placeholder_ids, None)])
+            return _Output(last_hidden_state=embeds[:, -1:])
+
+        with self.insertion.driven(take):
+            self.model(**inputs, use_cache=False)
+        return found[0], found[1]
+
+    def _text_ahead(self, ids: list[int], texts: Texts) -> DynamicCache:
+        """Keys and values of the text before the first multimodal token, in every layer."""
+        key = tuple(ids)
+        if not key:
+            return DynamicCache()
+        if key not in texts:
+            while len(texts) >= MOST_TEXTS:
+                del texts[next(iter(texts))]
+            rows = self.ahead
+            run = self._run(self._rows_of_call(rows), rows[:0], rows, causal(rows), DynamicCache(), 0)
+            texts[key] = run.cache
+        return texts[key]
+
+    def _words_alone(self, keep: frozenset[int]) -> Run:
+        """Text between multimodal tokens, in layers that hold text only."""
+        rows = self.rest[self.is_word]
+        if not len(rows):
+            return Run(rows[None], {}, self.ahead_cache)
+        call = self._rows_of_call(rows)
+        return self._run(call, self.ahead, rows, causal(rows), self.ahead_cache, 0, max(keep), keep)
+
+    def _embedded(self, branches: Sequence[Branches]) -> list[dict[str, Any]]:
+        """The stack's arguments for each of `branches`, which the model embeds without the features."""
+        texts = [self.sample, *(branch.ids for branch in branches)]
+        call, _ = self._captured({"input_ids": torch.cat(texts)[None]})
+        sample, *embeds = call["inputs_embeds"].split([len(ids) for ids in texts], dim=1)
+        if not torch.equal(sample, self.call["inputs_embeds"][:, len(self.prefix) :]):
+            raise CannotShareError("it embeds a text otherwise where there are features")
+        rows = [len(self.prefix) + branch.depth for branch in branches]
+        return [
+            self._rows_of_call(place) | {"inputs_embeds": own}
+            for place, own in zip(rows, embeds, strict=True)
+        ]
+
+    def _branch_alone(
+        self, branch: Branches, call: dict[str, Any], text: DynamicCache, keep: frozenset[int]
+    ) -> Run:
+        """A branch in layers that hold text only."""
+        if max(keep) == 0:
+            return Run(call["inputs_embeds"], {}, text)
+        past = torch.cat([self.ahead, self.rest[self.is_word]])
+        rows = len(self.prefix) + branch.depth
+        return self._run(call, past, rows, branch.seen, text, 0, max(keep), keep)
+
+    def _prefix_at(self, layer: int, words: Run) -> DynamicCache:
+        """Keys and values of the prefix from insert layer `layer` on."""
+        states = None
+        if layer in words.kept:
+            states = torch.zeros_like(self.call["inputs_embeds"][:, : len(self.rest)])
+            states[:, self.is_word] = words.kept[layer]
+        call = self._rows_of_call(self.rest, whole=True)
+        seen = causal(self.rest)
+        cache = self.ahead_cache
+        return self._run(call, self.ahead, self.rest, seen, cache, layer, states=states).cache
+
+    def _rows_of_call(self, rows: Tensor, whole: bool = False) -> dict[str, Any]:
+        """The stack's arguments for positions `rows`; for the `whole` rest, what is added to features too."""
+        call = {name: value for name, value in self.call.items() if name not in _REMADE}
+        for name, dim in _ROWS.items():
+            if isinstance(call.get(name), Tensor):
+                call[name] = call[name].index_select(dim, rows)
+        return call if whole else {name: value for name, value in call.items() if name not in _ADDED_LATER}
+
+    def _run(
+        self,
+        call: dict[str, Any],
+        past: Tensor,
+        rows: Tensor,
+        seen: Tensor,
+        cache: DynamicCache,
+        start: int,
+        stop: int | None = None,
+        keep: frozenset[int] = frozenset(),
+        states: Tensor | None = None,
+    ) -> Run:
+        """Layers `start` to `stop` - 1 on the rows of `call`, at positions `rows` (R,).
+
+        They see the keys of `cache`, at positions `past`, and of one another what `seen` (R, R) says.
+        """
+        earlier = seen.new_ones(len(rows), len(past))
+        additive = self.insertion.stack.config._attn_implementation == "eager"
+        windows = self.insertion.windows
+        keys = torch.cat([past, rows])
+        mask = mask_maker(torch.cat([earlier, seen], dim=1), rows, keys, windows, additive)
+        placed = None if states is None else self._placed(states, rows)
+        section = Section(
+            start, self.num_layers if stop is None else stop, mask, states, placed, keep, self.in_tuples
+        )
+        own = shallow_copy(cache)
+        given = {
+            "attention_mask": mask(0, call["inputs_embeds"].dtype),
+            "past_key_values": own,
+            "use_cache": True,
+        }
+        with self.insertion.running(section):
+            output = self.stock(**call, **given)
+        self.in_tuples = section.in_tuples
+        return Run(output.last_hidden_state, section.kept, own)
+
+    def _placed(self, states: Tensor, rows: Tensor) -> Tensor:
+        """(R,) bool: which of `rows` are given as `states`, all but those that hold features."""
+        is_word = torch.cat([torch.ones_like(self.ahead, dtype=torch.bool), self.is_word])
+        return torch.where(rows < len(is_word), is_word[rows.clamp(max=len(is_word) - 1)], True)
+
+
+def causal(rows: Tensor) -> Tensor:
+    """(R, R) bool: each of `rows` sees those before it, and itself."""
+    return rows[None, :] <= rows[:, None]
+
+
+def shallow_copy(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows on its own; what it holds so far is shared, not copied."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    return own
+
+
+def check_can_share(model: Any, insertion: Insertion) -> None:
+    """Raise `CannotShareError` where a row of the stack may depend on more than the rows before it."""
+    stack = insertion.stack
+    config = stack.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    arguments = inspect.signature(type(model).forward).parameters.values()
+    needed = [
+        each.name
+        for each in list(arguments)[1:]
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "input_ids"
+    ]
+    reasons = {
+        "it is an encoder-decoder": is_encoder_decoder(model),
+        "its later layers share keys": insertion.deepest < insertion.num_layers,
+        "its layers carry a state": any(insertion.recurrent),
+        "its attention scales with the number of a row": insertion.farthest is not None,
+        "its stack takes no position_ids": "position_ids" not in insertion.stack_arguments,
+        "its layers see chunks, or choose their keys": bool(
+            set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        ),
+        "its rotary positions change with the prompt's length": rope.get("rope_type") in _GROWING_ROPE,
+        f"its attention is {config._attn_implementation!r}, which takes no masks of 4 dimensions": (
+            config._attn_implementation not in ("sdpa", "eager")
+        ),
+        f"its forward needs {', '.join(needed)} with every text": bool(needed),
+        "it is in training mode": model.training,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise CannotShareError(reason)
+
+
+def check_arguments(call: Mapping[str, Any]) -> None:
+    """Raise `CannotShareError` where the stack is handed something whose rows are unknown."""
+    mask = call.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise CannotShareError("it makes attention masks of its own")
+    known = {*_ROWS, *_ADDED_LATER, *_REMADE}
+    for name, value in call.items():
+        if name not in known and (isinstance(value, Tensor | list | tuple | dict) and len(value)):
+            raise CannotShareError(f"its stack is handed {name!r}")
