@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from backbones import load_backbone
-from envs.prompt_groups import prompt_keys
+from envs.prompt_keys import prompt_keys
 from envs.prompts import Prompt
 from envs.rewards import RewardTable
 
@@ -20,10 +20,10 @@ from .data_advice import advise, per_prompt, policy_sentence
 from .options import RecommendOptions, check, flag
 from .plots import plot_pareto, plot_recommendation
 from .policy import LayerPolicy
+from .policy_files import HELD_OUT
 from .runs import read_result, start_run, write_result
 
 TABLE = "table"
-HELD_OUT = "held_out.json"
 
 
 def run(options: RecommendOptions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from controller.policy import LayerPolicy
 from controller.recommend import run, table_of
 from controller.statistics import Interval
 from envs.observations import prompt_embeddings
-from envs.prompt_groups import prompt_keys
+from envs.prompt_keys import prompt_keys
 from envs.rewards import RewardTable
 from envs.skip_weights import SkipWeights
 
