@@ -7,8 +7,8 @@ it by a compute budget or by a tolerated loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .policy import LayerPolicy
 
 POINTS = 13
+ORACLE_POINTS = 33
 
 FloatArray = NDArray[np.float64]
 
@@ -139,3 +140,46 @@ def skip_weight_for_loss(points: Sequence[FrontierPoint], max_loss_increase: flo
             f"at skip weight {weight:g}; ask for that, or train over a range that begins lower"
         )
     return max(kept)
+
+
+def pareto(
+    policy: LayerPolicy, table: RewardTable, observations: ArrayLike, skip_weight: float | None = None
+) -> dict[str, Any] | None:
+    """Loss, accuracy where it is known, and FLOPs ratio: of the policy at a grid over its skip weights and at
+    `skip_weight`, of every fixed layer, and of the oracle, which chooses each prompt's best layer, from no
+    skip weight to far beyond the policy's. Means over the P prompts of `table`; None where it does not know
+    their FLOPs.
+    """
+    check_candidates(policy, table)
+    if flops_ratios(table) is None:
+        return None
+    rows = np.arange(len(table))
+    correct = known_correct(table)
+
+    def describe(columns: NDArray[np.int64], skip_weight: float) -> dict[str, Any]:
+        found = asdict(point(table, columns, skip_weight, policy.bonus))
+        found["accuracy"] = None if correct is None else float(correct[rows, columns].mean())
+        return found
+
+    weights, asked = policy.skip_weights, [] if skip_weight is None else [float(skip_weight)]
+    fixed = []
+    for column, layer in enumerate(policy.insert_layers):
+        found = describe(np.full(len(table), column), policy.skip_weight)
+        fixed.append({"insert_layer": layer} | {name: found[name] for name in found if name != "skip_weight"})
+    return {
+        "prompts": len(table),
+        "policy": [
+            describe(policy.columns(observations, weight), weight)
+            for weight in sorted({*grid(weights.low, weights.high), *asked})
+        ],
+        "fixed": fixed,
+        "oracle": [
+            describe(table.rewards(weight, policy.bonus).argmax(axis=1), weight)
+            for weight in grid(0.0, 4 * max(weights.high, 0.25), ORACLE_POINTS)
+        ],
+    }
+
+
+def known_correct(table: RewardTable) -> FloatArray | None:
+    """Whether each answer is right (P, K), 1 or 0; None unless all of it is known."""
+    return None if np.isnan(table.correct).any() else table.correct

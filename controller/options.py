@@ -28,6 +28,7 @@ COUNTS = {
     "images",
     "threads",
 }
+WISHES = ("skip_weight", "flops_ratio", "max_loss_increase")
 BENCH_CASES = ("prefill", "decode", "train-full", "train-lora", "rows", "ragged", "mixed")
 MOST_LAYERS = 10_000  # more than any model has; the model's own number is known once it is loaded
 
@@ -230,6 +231,14 @@ class RecommendOptions(RunOptions, BackboneOptions):
 
     policy: Path
     """Run folder of train-policy."""
+    skip_weight: float | None = None
+    """Weight λ to ask at, within the range the policy was trained for; by default its own."""
+    flops_ratio: float | None = None
+    """Or: a budget, mean prefill FLOPs against insert layer 0, such as 0.75."""
+    max_loss_increase: float | None = None
+    """Or: nats of mean loss above insert layer 0's that are tolerated, such as 0.02."""
+    table: Path | None = None
+    """Reward table of the data (OUT/table of sweep); by default the policy's, where it holds the prompts."""
     prompt: str | None = None
     """One question to recommend a layer for."""
     image: Path | None = None
@@ -388,7 +397,21 @@ def check(options: Any) -> None:
         _check_device(values)
     if values.get("insert_layer", 0) < 0:
         raise ValueError(f"--insert-layer {values['insert_layer']}: give 0 (the baseline) or a layer above")
+    if "max_loss_increase" in values:
+        _check_wishes(values)
     _check_paths(values)
+
+
+def _check_wishes(values: dict[str, Any]) -> None:
+    """What is asked of a policy: one wish at most, and a table only for a data set."""
+    wishes = [name for name in WISHES if values[name] is not None]
+    if len(wishes) > 1:
+        raise ValueError(f"{' and '.join(map(flag, wishes))} exclude each other: give one of them")
+    table = values["table"]
+    if table is not None and values["data"] is None:
+        raise ValueError(f"--table {table} goes with --data: it holds the losses of a data set's prompts")
+    if table is not None and not table.is_dir():
+        raise ValueError(f"--table {table}: there is no such folder; give OUT/table of sweep")
 
 
 def _check_device(values: dict[str, Any]) -> None:

@@ -195,6 +195,7 @@ class LayerPolicy:
             layer = self.insert_layers[column]
             expected = Expected(
                 self.training.loss[column],
+                self.training.loss_increase(self.insert_layers, column),
                 prompt_flops_ratio(backbone, prompt, layer),
                 layer / self.num_layers,
             )
@@ -295,7 +296,7 @@ class LayerPolicy:
             network=tuple(layers),
             backbone_name=backbone.name,
             backbone_fingerprint=backbone.fingerprint,
-            table_digest=getattr(table, "digest", "0" * 16),
+            table_digest=table.digest,
             seed=seed,
             training=Training.from_table(table, weight, bonus),
             activation=found.activation,

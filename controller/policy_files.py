@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "policy.json"
 WEIGHTS = "policy.safetensors"
+HELD_OUT = "held_out.json"
+"""Beside them in a run folder: the keys of the prompts that training kept for judging."""
 FORMAT = 2
 MAX_JSON_BYTES = 4 * 2**20
 MAX_WEIGHTS_BYTES = 256 * 2**20

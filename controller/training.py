@@ -28,6 +28,7 @@ from .learning import isolated_random_state, train_policy
 from .options import TrainPolicyOptions, check, parse_layers, parse_observation, parse_skip_weights
 from .plots import policy_rewards
 from .policy import LayerPolicy
+from .policy_files import HELD_OUT
 from .runs import read_result, replacing, start_run, write_json, write_result
 from .statistics import Interval
 
@@ -74,6 +75,9 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
         advantage=Interval(advantage["reward"], *advantage["confidence_interval"]),
         frontier=frontier(saved, table.subset(~seen), observations[~seen]),
     )
+    saved.table_digest = table.digest
+    unseen = [key for key, trained_on in zip(table.prompt_keys, seen, strict=True) if not trained_on]
+    write_json(out / HELD_OUT, {"prompt_keys": unseen})
     saved.save(out)
     policy_rewards(out / "progress.csv", out / "policy_rewards.png")
     result = {
