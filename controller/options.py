@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 COUNTS = {
     "batch_size",
+    "batch_tokens",
+    "shard_prompts",
+    "seeds",
     "steps",
     "repeats",
     "lora_rank",
@@ -63,6 +66,19 @@ def parse_share(text: str, option: str) -> float:
     return share
 
 
+def parse_shard(text: str) -> tuple[int, int] | None:
+    """`"1/4"` as `(1, 4)`: the second of four parts; None for an empty text.
+
+    Raises `ValueError` where there is no such part.
+    """
+    if not text:
+        return None
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"--shard {text!r}: give a part and the number of parts, 0/4 to 3/4 for four")
+    return int(part), int(parts)
+
+
 def parse_cases(text: str) -> tuple[str, ...]:
     """`"prefill,decode"` as `("prefill", "decode")`; empty for an empty text.
 
@@ -89,6 +105,33 @@ def parse_observation(text: str) -> int:
         f"--observation {text!r}: give embeddings, or hidden:K for the hidden state after K decoder layers "
         "of text alone, such as hidden:2"
     )
+
+
+def parse_skip_weights(text: str, skip_weight: float) -> tuple[float, float]:
+    """The range of skip weights that `text` names: `"0-2"`, `"none"` for `skip_weight` alone, `"auto"` for 0
+    to twice that (to 1 where it is 0).
+
+    Raises `ValueError` where it is no range of weights, or one without `skip_weight`.
+    """
+    if text == "none":
+        return skip_weight, skip_weight
+    if text == "auto":
+        return 0.0, 2 * skip_weight or 1.0
+    first, _, last = text.partition("-")
+    try:
+        low, high = float(first), float(last)
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and 0 <= low < high):
+        raise ValueError(
+            f'--skip-weight-range {text!r}: give a range of weights such as "0-2", "auto" or "none"'
+        )
+    if not low <= skip_weight <= high:
+        raise ValueError(
+            f"--skip-weight-range {text!r} does not contain --skip-weight {skip_weight}: give a range that "
+            "does, or another --skip-weight"
+        )
+    return low, high
 
 
 def parse_sources(text: str) -> tuple[str, ...] | None:
@@ -137,23 +180,48 @@ class SweepOptions(RunOptions, BackboneOptions, DataOptions):
     insert_layers: str = "all"
     """Candidate layers: all, 0-7 or 0,4,8."""
     accuracy: bool = True
-    """Also generate each answer and compare it with the reference."""
+    """Also compare each greedy answer with the reference."""
+    agreement: bool = False
+    """Also say how often the most probable first token is that of layer 0, which is then computed too."""
+    batch_tokens: int = 8192
+    """Tokens per forward when losses are computed; bounds the memory."""
+    table: Path | None = None
+    """Folder of the reward table, which sweeps of one backbone may share; by default OUT/table."""
+    shard: str = ""
+    """Compute part i of n alone, as 0/4; by default what torchrun or accelerate launch assigns, or all."""
+    shard_prompts: int = 1024
+    """Prompts of one file of the table; what a killed run has to compute again."""
 
 
 @dataclass(kw_only=True)
 class TrainPolicyOptions(RunOptions, BackboneOptions, DataOptions):
-    """Learn which layer each prompt's multimodal tokens should enter at (SB3 PPO)."""
+    """Learn which layer each prompt's multimodal tokens should enter at, and judge what was learned."""
 
+    algorithm: Literal["ppo", "a2c", "dqn", "full-info"] = "ppo"
+    """PPO (paper), A2C or DQN of stable-baselines3, or the exact policy gradient over the reward table."""
     insert_layers: str = "all"
     """Candidate layers: all, 0-7 or 0,4,8."""
     skip_weight: float = 0.5
-    """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
-    bonus: Literal["depth", "flops"] = "depth"
-    """Skip bonus: depth L/N (paper) or the share of prefill FLOPs saved."""
+    """Weight λ of the skip bonus, where nothing else is asked for: reward = -loss (nats) + λ * bonus."""
+    skip_weight_range: str = "auto"
+    """Weights to be asked for later: "0-2"; "auto" is 0 to twice --skip-weight, "none" that one alone."""
+    bonus: Literal["depth", "flops", "time"] = "depth"
+    """Skip bonus: depth L/N (paper), the share of prefill FLOPs saved, or of measured prefill time."""
+    observation: str = "embeddings"
+    """What to see of a prompt's text: embeddings (paper), or hidden:K, its state after K layers."""
+    observe_image: bool = False
+    """Also see the mean of the projected image features."""
     held_out: float = 0.25
     """Share of images kept for judging the policy."""
-    steps: int = 40_000
-    """Episodes that PPO plays; each is one prompt."""
+    seeds: int = 5
+    """Policies to train and judge, from --seed on; the first of them is saved."""
+    steps: int | None = None
+    """Episodes of each training, one prompt each; by default as many as the algorithm needs."""
+    table: Path | None = None
+    """Folder of a sweep's reward table: what it knows is taken over, what is computed added; by default
+    OUT/table."""
+    batch_tokens: int = 8192
+    """Tokens per forward when losses are computed; bounds the memory."""
 
 
 @dataclass(kw_only=True)
@@ -299,6 +367,8 @@ def check(options: Any) -> None:
     layers = values.get("insert_layers")
     if layers is not None and layers.strip() not in ("all", "quarters"):
         parse_layers(layers, MOST_LAYERS)
+    if "shard" in values:
+        parse_shard(values["shard"])
     if "max_bad" in values:
         parse_share(values["max_bad"], "--max-bad")
     if "fraction" in values and not 0 < values["fraction"] <= 1:
@@ -308,6 +378,8 @@ def check(options: Any) -> None:
     weight = values.get("skip_weight")
     if weight is not None and not (weight >= 0 and math.isfinite(weight)):
         raise ValueError(f"--skip-weight {weight}: give 0 or a positive number")
+    if "skip_weight_range" in values:
+        parse_skip_weights(values["skip_weight_range"], values["skip_weight"])
     if weight is not None and values.get("policy", "") is None:
         raise ValueError(f"--skip-weight {weight}: it is asked of a policy; give --policy too")
     if "efficiency" in values and not 0 < values["efficiency"] <= 1:

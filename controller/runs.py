@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,7 +42,7 @@ PACKAGES = (
 )
 
 # Options that change where or how fast a run goes, not what it finds: the same run may continue with others.
-FREE_OPTIONS = ("out", "device")
+FREE_OPTIONS = ("out", "device", "shard", "shard_prompts")
 
 
 def command_of(options: Any) -> str:
@@ -51,12 +51,13 @@ def command_of(options: Any) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
 
 
-def start_run(options: RunOptions | Any) -> Path:
+def start_run(options: RunOptions | Any, growing: Sequence[str] = ()) -> Path:
     """Make the run folder `options.out` and write its `config.json`.
 
     `config.json` holds the command, the resolved options, package versions, the seed and the machine.
     A folder that already holds a run of the same command with the same options is continued; `ValueError`
-    where it holds another run, since results of two different runs must not mix.
+    where it holds another run, since results of two different runs must not mix. A command whose run can be
+    extended names the options that may differ as `growing`.
     """
     out = Path(options.out)
     config = {
@@ -68,7 +69,7 @@ def start_run(options: RunOptions | Any) -> Path:
     }
     previous = read_config(out)
     if previous is not None and any(entry.name != "config.json" for entry in out.iterdir()):
-        difference = differences(previous, config)
+        difference = differences(previous, config, growing)
         if difference:
             raise ValueError(
                 f"--out {out}: the folder holds another run ({'; '.join(difference)}). "
@@ -86,7 +87,7 @@ def same_run(options: RunOptions | Any) -> bool:
     return previous is not None and not differences(previous, config)
 
 
-def differences(previous: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def differences(previous: dict[str, Any], config: dict[str, Any], growing: Sequence[str] = ()) -> list[str]:
     """What tells the run of `previous` from that of `config`, for a message; empty for the same run."""
     if previous.get("command") != config["command"]:
         return [f"command {previous.get('command')}, now {config['command']}"]
@@ -94,7 +95,7 @@ def differences(previous: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return [
         f"--{name.replace('_', '-')} {before.get(name)}, now {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if name not in FREE_OPTIONS and before.get(name) != now.get(name)
+        if name not in (*FREE_OPTIONS, *growing) and before.get(name) != now.get(name)
     ]
 
 

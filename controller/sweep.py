@@ -1,67 +1,86 @@
 """`deepinsert sweep`: loss and accuracy of an untouched backbone at every insert layer (paper, Appendix C).
 
-Shows, before any training, how much each source of prompts minds that its multimodal tokens enter late.
+Shows, before any training, how much each source of prompts minds that its multimodal tokens enter late. The
+table it writes is what policies are trained on and judged by.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from backbones import Backbone, load_backbone
+from envs.known_rewards import columns_of, prompt_columns, take_over
+from envs.prompt_keys import shards_of
 from envs.prompts import Prompt, prompts_from
-from envs.rewards import RewardTable, save_arrays
+from envs.reward_files import RewardFiles
+from envs.rewards import RewardTable
 
-from .answers import generation_inputs
 from .data import read_data
-from .metrics import exact_match
-from .options import SweepOptions, parse_layers
-from .runs import progress, read_result, save_figure, start_run, write_result
-from .statistics import mean_interval, paired_interval
+from .greedy_answers import judge
+from .options import SweepOptions, parse_layers, parse_shard
+from .runs import read_result, same_run, start_run, write_result
+from .sweep_figures import Measured, figures, plot, summary
 
-EXTRA_TOKENS = 4
-"""How many tokens longer than the longest reference of its batch an answer may become."""
-
-SAVE_SECONDS = 10.0
-"""At most so much work is lost when the command is killed."""
-
-UNKNOWN = -1
+GROWING = ("insert_layers", "sources", "fraction", "accuracy", "agreement", "table")
+"""Options that may change in a run folder: what the table knows already is used, the rest added to it."""
 
 
 def run(options: SweepOptions) -> dict[str, Any]:
-    """Write `table.npz` (a `RewardTable`), `accuracy.npz`, `sweep.png` and `result.json`; return the result.
+    """Write `table/` (a `RewardTable`), `sweep.png` and `result.json`; return the result.
 
-    What a killed run has computed is kept, and a finished run is not repeated. Raises `ValueError` where
-    the folder holds another run or an option cannot be used, `DatasetError` where the data cannot.
+    The table is a folder of Parquet shards (`envs.reward_files`), in `--out` or wherever `--table` says, so
+    that several sweeps of one backbone may share it. A shard is written when it is done; a killed run
+    computes the others when it is started again. The same `--out` with other layers, sources, a larger
+    fraction or further figures computes what is not yet there; `result.json` and `sweep.png` are those of the
+    last command. The table's bits are those of computing all of it at once. An image about which there are
+    further questions is therefore computed again.
+
+    With `--shard i/n`, or under `torchrun` or `accelerate launch`, n processes do a part of the shards each,
+    with nothing but the folder in common. Whoever finds everything done writes the result; the others say
+    what is missing and return `{"missing": cells}`.
+
+    Raises `ValueError` where the folder holds another run or an option cannot be used, `DatasetError` where
+    the data cannot.
     """
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size}: give at least 1")
-    out = start_run(options)
-    if (out / "result.json").is_file():
+    share = parse_shard(options.shard) or rank()
+    for name, value in (("--batch-size", options.batch_size), ("--batch-tokens", options.batch_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: give at least 1")
+    finished = same_run(options) and (Path(options.out) / "result.json").is_file()
+    out = start_run(options, GROWING)
+    if finished:
         result = read_result(out)
         print(summary(result))
         return result
-    backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
-    insert_layers = parse_layers(options.insert_layers, backbone.num_layers)
+    (out / "result.json").unlink(missing_ok=True)  # of other options
+    backbone = load_backbone(options.backbone, device=device_of(options), dtype=options.dtype)
+    layers = parse_layers(options.insert_layers, backbone.num_layers)
     data = read_data(options)
     prompts = prompts_from(data, per="turn")
-    table = RewardTable(backbone, prompts, insert_layers, options.batch_size)
-    fill(table, out / "table.npz")
-    correct = judge(backbone, prompts, table, out / "accuracy.npz") if options.accuracy else None
+    known = layers if not options.agreement else tuple(sorted({0, *layers}))
+    table = RewardTable(backbone, prompts, known, batch_tokens=options.batch_tokens)
+    files = RewardFiles(options.table or out / "table", table.origin)
+    sweep = Sweep(backbone, prompts, table, files, layers if options.accuracy else (), options.batch_size)
+    undone = sweep.run(*share, options.shard_prompts)
+    if undone:
+        print(undone, file=sys.stderr)
+        return {"missing": sweep.missing()}
     result = {
-        "insert_layers": list(insert_layers),
+        "insert_layers": list(layers),
         "num_layers": backbone.num_layers,
-        **figures(table, correct),
+        **figures(Measured(table, layers, options.accuracy, options.agreement)),
         "skipped": [repr(record) for record in data.skipped],
+        "table_digest": table.digest,
     }
     plot(result, out / "sweep.png")
     write_result(out, result)
@@ -69,174 +88,88 @@ def run(options: SweepOptions) -> dict[str, Any]:
     return result
 
 
-def fill(table: RewardTable, path: Path) -> None:
-    """Compute the losses that `path` does not hold yet, saving them there on the way."""
-    if path.is_file():
-        print(f"{path} holds {table.restore(path)} of {len(table)} prompts", file=sys.stderr)
-    save = Saver(lambda: table.save(path))
-    for _ in progress(table.fill_by_block(), "losses", total=table.missing_blocks()):
-        save.soon()
-    save.now()
+@dataclass
+class Sweep:
+    """A table that is filled from its folder and into it, with the accuracy at the `judged` insert layers."""
 
+    backbone: Backbone
+    prompts: Sequence[Prompt]
+    table: RewardTable
+    files: RewardFiles
+    judged: tuple[int, ...]
+    batch_size: int
 
-def judge(backbone: Backbone, prompts: Sequence[Prompt], table: RewardTable, path: Path) -> NDArray[np.int8]:
-    """Whether each prompt is answered right at each insert layer, (P, K) of 0 and 1.
-
-    Answers are greedy and judged by `exact_match`. What `path` holds already is kept, the rest saved there on
-    the way.
-    """
-    correct = np.full(table.losses.shape, UNKNOWN, dtype=np.int8)
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as file:
-            if file["identity"].item() != table.identity:
-                raise ValueError(
-                    f"{path} belongs to another backbone, other prompts, insert layers or batch size; "
-                    "remove it or choose another folder"
-                )
-            correct = file["correct"]
-    save = Saver(lambda: save_arrays(path, correct=correct, identity=np.array(table.identity)))
-    unknown = (correct == UNKNOWN).any(axis=1)
-    starts = [
-        start
-        for start in range(0, len(prompts), table.batch_size)
-        if unknown[start : start + table.batch_size].any()
-    ]
-    for start in progress(starts, "answers"):
-        rows = slice(start, start + table.batch_size)
-        batch = prompts[rows]
-        answers = answers_at_layers(backbone, batch, table.insert_layers)
-        correct[rows] = [
-            [exact_match(answer, prompt.answer) for answer in given]
-            for prompt, given in zip(batch, zip(*answers, strict=True), strict=True)
-        ]
-        save.soon()
-    save.now()
-    return correct
-
-
-def answers_at_layers(
-    backbone: Backbone, prompts: Sequence[Prompt], insert_layers: Sequence[int]
-) -> list[list[str]]:
-    """Greedy answers of a batch of prompts, a list for each insert layer; the batch is encoded once."""
-    model: Any = backbone.model
-    tokenizer = backbone.tokenizer
-    references = tokenizer([prompt.answer for prompt in prompts], add_special_tokens=False)["input_ids"]
-    longest = max(len(ids) for ids in references) + EXTRA_TOKENS
-    inputs = generation_inputs(backbone, prompts)
-    length = inputs["input_ids"].shape[1]
-    answers = []
-    for layer in insert_layers:
-        with torch.inference_mode(), backbone.insert_at(layer):
-            tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=longest)
-        answers.append(tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True))
-    return answers
-
-
-def figures(table: RewardTable, correct: NDArray[np.int8] | None) -> dict[str, Any]:
-    """The figures of `result.json`: over all prompts and, under `per_source`, for each source."""
-    sources = np.array(table.sources)
-    groups = {str(source): np.flatnonzero(sources == source) for source in np.unique(sources)}
-    return {
-        **group_figures(table, correct, np.arange(len(table))),
-        "per_source": {source: group_figures(table, correct, rows) for source, rows in groups.items()},
-    }
-
-
-def group_figures(
-    table: RewardTable, correct: NDArray[np.int8] | None, rows: NDArray[np.int64]
-) -> dict[str, Any]:
-    """Counts, and by insert layer loss and accuracy of some prompts with 95 % intervals, clustered by image.
-
-    `loss_difference` is against the shallowest candidate, prompt by prompt. `accuracy` is None where it was
-    not asked for.
-    """
-    clusters = [table.image_keys[row] for row in rows]
-    losses = table.losses[rows]
-    flops_ratio = table.flops[rows].sum(axis=0) / table.stock_flops[rows].sum()
-    by_layer = []
-    for column, layer in enumerate(table.insert_layers):
-        loss = mean_interval(losses[:, column], clusters)
-        difference = paired_interval(losses[:, column], losses[:, 0], clusters)
-        right = None if correct is None else mean_interval(correct[rows, column], clusters)
-        by_layer.append(
-            {
-                "insert_layer": layer,
-                "depth": layer / table.num_layers,
-                "loss": loss.mean,
-                "loss_interval": [loss.low, loss.high],
-                "loss_difference": difference.mean,
-                "loss_difference_interval": [difference.low, difference.high],
-                "accuracy": None if right is None else right.mean,
-                "accuracy_interval": None if right is None else [right.low, right.high],
-                "flops_ratio": flops_ratio[column],
-            }
+    def run(self, part: int, parts: int, shard_prompts: int) -> str:
+        """Compute the shards of one part. Says which shards nobody has done yet; empty where all are."""
+        take_over(self.table, self.files.read_new(), same_group=True)
+        groups = self.table.groups
+        shards = [np.concatenate([groups[g] for g in shard]) for shard in shards_of(groups, shard_prompts)]
+        mine = range(part, len(shards), parts)
+        if self.missing():
+            self.files.write_prompts(prompt_columns(self.table))
+        label = "sweep" if parts == 1 else f"sweep {part}/{parts}"
+        total = sum(self.missing(shards[number]) for number in mine)
+        seconds = 0.2 if sys.stderr.isatty() else 10.0
+        with tqdm(total=total, desc=label, unit=" cells", file=sys.stderr, mininterval=seconds) as bar:
+            for number in mine:
+                self.do_shard(number, shards[number], bar.update)
+        take_over(self.table, self.files.read_new(), same_group=True)
+        undone = [number for number, rows in enumerate(shards) if self.missing(rows)]
+        if not undone:
+            self.files.complete()
+            return ""
+        others = ", ".join(
+            f"--shard {other}/{parts}" for other in sorted({number % parts for number in undone})
         )
-    images = {table.image_keys[row] for row in rows if table.sources[row] != "text"}
-    return {"prompts": len(rows), "images": len(images), "by_layer": by_layer}
+        return (
+            f"Part {part}/{parts} is done. Of all {len(shards)} shards {len(undone)} are not: the result is "
+            f"written by whoever finishes last of {others}"
+        )
 
-
-def summary(result: dict[str, Any]) -> str:
-    """The result as a short table for a terminal."""
-    lines = [
-        f"{result['prompts']} prompts, {result['images']} images, untouched backbone; 95 % intervals",
-        f"{'insert layer':>12}  {'loss (nats)':^24}  {'accuracy':^24}  {'FLOPs':>6}",
-    ]
-    for row in result["by_layer"]:
-        low, high = row["loss_interval"]
-        accuracy = "-"
-        if row["accuracy"] is not None:
-            bounds = "[{:.1%}, {:.1%}]".format(*row["accuracy_interval"])
-            accuracy = f"{row['accuracy']:.1%} {bounds}"
-        loss = f"{row['loss']:.3f} [{low:.3f}, {high:.3f}]"
-        lines.append(f"{row['insert_layer']:>12}  {loss:^24}  {accuracy:^24}  {row['flops_ratio']:>6.3f}")
-    return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss, and accuracy where it was measured, by insert layer: a line for each source and one for all."""
-    groups = {"all": result, **(result["per_source"] if len(result["per_source"]) > 1 else {})}
-    metrics = {"loss": "loss (nats)", "accuracy": "accuracy"}
-    if result["by_layer"][0]["accuracy"] is None:
-        del metrics["accuracy"]
-    figure = Figure(figsize=(6.4 * len(metrics), 4.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(metrics)))
-    for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
-        for name, group in groups.items():
-            values = [row[metric] for row in group["by_layer"]]
-            low, high = np.array([row[f"{metric}_interval"] for row in group["by_layer"]]).T
-            style = {"color": "black", "linewidth": 2.5} if name == "all" else {}
-            (line,) = axes.plot(
-                result["insert_layers"], values, marker="o", markersize=4, label=name, **style
+    def do_shard(self, number: int, rows: NDArray[np.int64], told: Callable[[int], object]) -> None:
+        """Compute what is missing of the prompts `rows` and write it to a file."""
+        new = np.zeros_like(self.table.losses, dtype=np.bool_)
+        for group in np.unique(self.table.group_of[rows]):
+            members = self.table.groups[group]
+            unknown = np.isnan(self.table.losses[members])
+            prompts, columns = np.nonzero(unknown)
+            self.table.compute(members[prompts], columns)
+            new[members] |= unknown
+            told(len(prompts))
+        wanted = self.unjudged(rows)
+        if wanted.any():
+            judged = judge(
+                self.backbone,
+                [self.prompts[row] for row in rows],
+                self.table.insert_layers,
+                self.table.greedy[rows] == 1,
+                wanted,
+                self.batch_size,
+                told,
             )
-            axes.fill_between(result["insert_layers"], low, high, color=line.get_color(), alpha=0.12)
-        axes.set(xlabel="insert layer", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    if "accuracy" in metrics:
-        panels[1].yaxis.set_major_formatter(PercentFormatter(1))
-        panels[1].set_ylim(-0.02, 1.02)
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
-    figure.suptitle(
-        f"Untouched backbone of {result['num_layers']} layers; {result['prompts']} prompts, 95 % intervals"
-    )
-    save_figure(figure, path)
+            self.table.correct[rows] = np.where(wanted, judged, self.table.correct[rows])
+            new[rows] |= wanted
+        if new.any():
+            self.files.write(f"losses-{number:05d}", columns_of(self.table, new))
+
+    def unjudged(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Cells of the prompts `rows` whose accuracy is asked for and not known, (rows, K)."""
+        return np.isnan(self.table.correct[rows]) & np.isin(self.table.insert_layers, self.judged)
+
+    def missing(self, rows: NDArray[np.int64] | None = None) -> int:
+        """Losses and answers that are asked for and not known, of some prompts or of all."""
+        rows = np.arange(len(self.table)) if rows is None else rows
+        return int(np.isnan(self.table.losses[rows]).sum() + self.unjudged(rows).sum())
 
 
-class Saver:
-    """Saves now and then, not so often that saving becomes the work."""
+def rank() -> tuple[int, int]:
+    """This process's number and that of all processes, as `torchrun` and `accelerate launch` set them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    def __init__(self, save: Callable[[], None]) -> None:
-        self.save = save
-        self.next = time.monotonic() + SAVE_SECONDS
 
-    def soon(self) -> None:
-        """Save if that was last done long enough ago."""
-        if time.monotonic() >= self.next:
-            self.now()
-
-    def now(self) -> None:
-        """Save."""
-        started = time.monotonic()
-        self.save()
-        ended = time.monotonic()
-        self.next = ended + max(SAVE_SECONDS, 20 * (ended - started))
+def device_of(options: SweepOptions) -> str:
+    """The device to use: with "auto" and several processes on a machine, each has its own GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    if options.device == "auto" and local is not None and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return options.device

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from backbones import Backbone, CostModel
 from backbones.loading import to_model
 
-from .prompts import IGNORED, ImageRef, Prompt, answer_loss, encode
+from .prompts import IGNORED, Prompt, answer_loss, encode
 
 FloatArray = NDArray[np.float64]
 
@@ -59,17 +55,7 @@ class BlockForward:
         self, rows: slice, inputs: Mapping[str, torch.Tensor], insert_layers: Sequence[int]
     ) -> FloatArray:
         """FLOPs (rows, layers) of the prefill that `generate` makes of an encoded block's prompts."""
-        counted: dict[tuple[int, int, int], list[float]] = {}
-        found = []
-        for prompt, text, multimodal in zip(self.prompts[rows], *self.count_tokens(inputs), strict=True):
-            key = (int(text), int(multimodal), len(prompt.images))
-            if key not in counted:
-                counted[key] = [
-                    float(self.costs.prefill_flops(*key[:2], layer, images=key[2], logits_to_keep=1))
-                    for layer in insert_layers
-                ]
-            found.append(counted[key])
-        return np.array(found)
+        return prefill_flops(self.costs, self.prompts[rows], *self.count_tokens(inputs), insert_layers)
 
     @cached_property
     def costs(self) -> CostModel:
@@ -87,17 +73,23 @@ class BlockForward:
         multimodal = before & torch.isin(inputs["input_ids"], placeholders)
         return (before & ~multimodal).sum(dim=1).cpu().numpy(), multimodal.sum(dim=1).cpu().numpy()
 
-    def identity(self) -> list[Any]:
-        """What the losses of these prompts depend on, fit for JSON."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            parts = [prompt.id, [image_identity(image) for image in prompt.images], prompt.messages]
-            digest.update(json.dumps([*parts, prompt.answer, prompt.loss_on]).encode())
-        return [self.backbone.fingerprint, str(self.backbone.model.dtype), digest.hexdigest()]
 
-
-def image_identity(image: ImageRef | Image.Image) -> str:
-    """Tells images apart without decoding a file: its path and size, or the pixels of an open image."""
-    if isinstance(image, ImageRef):
-        return f"{image.path} {(image.root / image.path).stat().st_size}"
-    return f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+def prefill_flops(
+    costs: CostModel,
+    prompts: Sequence[Prompt],
+    text_tokens: NDArray[np.int64],
+    multimodal_tokens: NDArray[np.int64],
+    insert_layers: Sequence[int],
+) -> FloatArray:
+    """FLOPs (prompts, layers) of the prefill that `generate` makes of prompts with so many tokens."""
+    counted: dict[tuple[int, int, int], list[float]] = {}
+    found = []
+    for prompt, text, multimodal in zip(prompts, text_tokens, multimodal_tokens, strict=True):
+        key = (int(text), int(multimodal), len(prompt.images))
+        if key not in counted:
+            counted[key] = [
+                float(costs.prefill_flops(*key[:2], layer, images=key[2], logits_to_keep=1))
+                for layer in insert_layers
+            ]
+        found.append(counted[key])
+    return np.array(found)

@@ -64,10 +64,11 @@ def test_the_folder_holds_what_the_contract_says(finished, result, prompts):
     assert {entry.name for entry in finished.iterdir()} == {
         "config.json",
         "result.json",
-        "table.npz",
-        "accuracy.npz",
+        "table",
         "sweep.png",
     }
+    assert [path for path in (finished / "table").iterdir() if path.name.startswith("losses-00000-")]
+    assert result["table_digest"] == RewardTable.load(finished / "table").digest
     assert result["insert_layers"] == list(LAYERS)
     assert result["prompts"] == len(prompts) and result["skipped"] == []
     assert set(result["per_source"]) == {prompt.source for prompt in prompts}
@@ -84,9 +85,9 @@ def test_the_folder_holds_what_the_contract_says(finished, result, prompts):
 
 
 def test_figures_are_those_of_the_table(tiny_backbone, finished, result, prompts):
-    table = RewardTable(tiny_backbone, prompts, LAYERS, batch_size=3)
+    table = RewardTable(tiny_backbone, prompts, LAYERS)
     table.fill()
-    np.testing.assert_array_equal(RewardTable.load(finished / "table.npz").losses, table.losses)
+    np.testing.assert_array_equal(RewardTable.load(finished / "table").losses, table.losses)
     for source, group in [(None, result), *result["per_source"].items()]:
         rows = [row for row, prompt in enumerate(prompts) if source in (None, prompt.source)]
         losses = table.losses[rows].mean(axis=0)
@@ -113,27 +114,20 @@ def test_flops_ratio_is_that_of_all_prompts_together(tiny_backbone, result, prom
     assert [row["flops_ratio"] for row in result["per_source"]["text"]["by_layer"]] == [1, 1, 1]
 
 
-def test_accuracy_is_that_of_greedy_answers_one_by_one(tiny_backbone, result, prompts):
+def test_accuracy_is_that_of_greedy_answers_one_by_one(tiny_backbone, result, finished, prompts):
     right = np.zeros((len(prompts), len(LAYERS)))
     for row, prompt in enumerate(prompts):
-        batch = prompts[row // 3 * 3 : row // 3 * 3 + 3]
-        tokens = [len(tiny_backbone.tokenizer.tokenize(each.answer)) for each in batch]
+        limit = len(tiny_backbone.tokenizer.tokenize(prompt.answer)) + 4
         for column, layer in enumerate(LAYERS):
             inputs = encode(tiny_backbone.processor, [prompt], with_answers=False, padding_side="left")
             with torch.no_grad(), tiny_backbone.insert_at(layer):
-                out = tiny_backbone.model.generate(**inputs, do_sample=False, max_new_tokens=max(tokens) + 4)
+                out = tiny_backbone.model.generate(**inputs, do_sample=False, max_new_tokens=limit)
             answer = tiny_backbone.tokenizer.decode(
                 out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             right[row, column] = exact_match(answer, prompt.answer)
+    np.testing.assert_array_equal(RewardTable.load(finished / "table").correct, right)
     assert [row["accuracy"] for row in result["by_layer"]] == right.mean(axis=0).tolist()
-
-
-def test_answers_at_layers_do_not_depend_on_the_batch(tiny_backbone, prompts):
-    together = sweep.answers_at_layers(tiny_backbone, prompts[:3], LAYERS)
-    longest = max(range(3), key=lambda row: len(tiny_backbone.tokenizer.tokenize(prompts[row].answer)))
-    alone = sweep.answers_at_layers(tiny_backbone, [prompts[longest]], LAYERS)
-    assert [answers[longest] for answers in together] == [answers[0] for answers in alone]
 
 
 def test_a_finished_sweep_is_not_repeated(finished, result, data, rendered_data, monkeypatch, capsys):
@@ -146,58 +140,9 @@ def test_a_finished_sweep_is_not_repeated(finished, result, data, rendered_data,
     assert "insert layer" in shown and f"{result['by_layer'][1]['loss']:.3f}" in shown
 
 
-@pytest.mark.parametrize("stage", ["losses", "answers"])
-def test_a_killed_sweep_continues(finished, result, data, rendered_data, tmp_path, monkeypatch, stage):
-    monkeypatch.setattr(sweep, "SAVE_SECONDS", 0.0)
-    options = options_for(data, rendered_data, tmp_path / "out")
-    blocks = []
-
-    class Killed(Exception):
-        pass
-
-    def after_two(self):
-        blocks.append(1)
-        if len(blocks) > (2 if stage == "losses" else 5):
-            raise Killed
-        self.now()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sweep.Saver, "soon", after_two)
-        with pytest.raises(Killed):
-            sweep.run(options)
-    assert not (options.out / "result.json").exists()
-    assert (options.out / "accuracy.npz").exists() == (stage == "answers")
-    known = ~np.isnan(RewardTable.load(options.out / "table.npz").losses)
-    assert known.any() and known.all() == (stage == "answers")
-
-    computed = []
-    block = RewardTable._compute_block
-    monkeypatch.setattr(
-        RewardTable, "_compute_block", lambda self, *args: (computed.append(args[1]), block(self, *args))[1]
-    )
-    assert json.loads(json.dumps(sweep.run(options))) == result
-    assert len(computed) == (known.shape[0] - known.all(axis=1).sum() + 2) // 3
-    for name in ("table.npz", "accuracy.npz"):
-        with np.load(options.out / name) as mine, np.load(finished / name) as theirs:
-            for key in theirs:
-                np.testing.assert_array_equal(mine[key], theirs[key])
-
-
 def test_another_sweep_s_folder_is_refused(finished, data, rendered_data):
-    with pytest.raises(ValueError, match="insert-layers"):
-        sweep.run(options_for(data, rendered_data, finished, insert_layers="0,3"))
-
-
-def test_losses_of_changed_data_are_refused(finished, data, rendered_data, tmp_path):
-    """The same command on a data file that has changed since must not mix old and new losses."""
-    changed = tmp_path / "instructions.json"
-    changed.write_text(data.read_text())
-    options = options_for(changed, rendered_data, tmp_path / "out", accuracy=False)
-    sweep.run(options)
-    (options.out / "result.json").unlink()
-    changed.write_text(json.dumps(json.loads(data.read_text())[::-1]))
-    with pytest.raises(ValueError, match="other prompts"):
-        sweep.run(options)
+    with pytest.raises(ValueError, match="seed"):
+        sweep.run(options_for(data, rendered_data, finished, seed=1))
 
 
 def test_without_accuracy(data, rendered_data, tmp_path, capsys):
@@ -206,9 +151,23 @@ def test_without_accuracy(data, rendered_data, tmp_path, capsys):
     )
     assert [row["accuracy"] for row in result["by_layer"]] == [None, None]
     assert set(result["per_source"]) == {"coco"} and result["insert_layers"] == [0, 1]
-    assert (tmp_path / "sweep.png").is_file() and not (tmp_path / "accuracy.npz").exists()
+    assert (tmp_path / "sweep.png").is_file()
+    assert np.isnan(RewardTable.load(tmp_path / "table").correct).all()
     rows = capsys.readouterr().out.splitlines()[-2:]
     assert [row.split()[0] for row in rows] == ["0", "1"] and all(" - " in row for row in rows)
+
+
+def test_agreement_is_with_layer_0_even_where_it_is_no_candidate(finished, data, rendered_data, tmp_path):
+    options = options_for(data, rendered_data, tmp_path, agreement=True, accuracy=False, insert_layers="3,8")
+    result = sweep.run(options)
+    assert result["insert_layers"] == [3, 8] == [row["insert_layer"] for row in result["by_layer"]]
+    expected = RewardTable.load(finished / "table").agreement
+    assert [row["agreement"] for row in result["by_layer"]] == expected[:, 1:].mean(axis=0).tolist()
+    for row in result["by_layer"]:
+        low, high = row["agreement_interval"]
+        assert low <= row["agreement"] <= high
+    assert RewardTable.load(tmp_path / "table").insert_layers == LAYERS
+    assert "agreement" in sweep.summary(result)
 
 
 def test_layers_that_are_not_there_are_named(data, rendered_data, tmp_path):
@@ -216,3 +175,8 @@ def test_layers_that_are_not_there_are_named(data, rendered_data, tmp_path):
         sweep.run(options_for(data, rendered_data, tmp_path / "out", insert_layers="0-9"))
     with pytest.raises(ValueError, match="--batch-size 0"):
         sweep.run(options_for(data, rendered_data, tmp_path / "out", batch_size=0))
+    with pytest.raises(ValueError, match="--batch-tokens 0"):
+        sweep.run(options_for(data, rendered_data, tmp_path / "out", batch_tokens=0))
+    for shard in ("1", "2/2", "-1/2", "a/b", "0/0"):
+        with pytest.raises(ValueError, match=f"--shard '{shard}'"):
+            sweep.run(options_for(data, rendered_data, tmp_path / "out", shard=shard))

@@ -186,7 +186,13 @@ def test_command_writes_what_the_contract_names(policy_run, tiny_backbone):
     for name in ("policy", "best_fixed", "layer_0", "oracle", "uniform"):
         low, high = result["reward"][name]["confidence_interval"]
         assert low <= result["reward"][name]["reward"] <= high
-    for name in ("config.json", "table.npz", "policy.json", "policy.safetensors", "policy_rewards.png"):
+    for name in (
+        "config.json",
+        "table/_manifest.json",
+        "policy.json",
+        "policy.safetensors",
+        "policy_rewards.png",
+    ):
         assert (options.out / name).stat().st_size
     assert list(options.out.glob("events.out.tfevents.*")) and (options.out / "progress.csv").is_file()
     assert result["prompts"]["text_only_left_out"] > 0
@@ -199,7 +205,7 @@ def test_command_continues_from_its_table_to_the_same_end(policy_run, monkeypatc
     options, result = policy_run
     weights = (options.out / "policy.safetensors").read_bytes()
     (options.out / "result.json").unlink()
-    monkeypatch.setattr(RewardTable, "_compute_block", None)  # every loss is there already
+    monkeypatch.setattr(RewardTable, "_compute_group", None)  # every loss is there already
     assert run(options) == result
     assert (options.out / "policy.safetensors").read_bytes() == weights
 

@@ -20,6 +20,7 @@ from envs import (
     InsertLayerEnv,
     InsertLayerVecEnv,
     Normaliser,
+    Prompt,
     RewardTable,
     load_instructions,
     prompt_embeddings,
@@ -96,7 +97,7 @@ def test_the_backbone_s_own_losses_are_paid(tiny_backbone, prompts):
         bonus="flops",
         batch_size=4,
     )
-    table = RewardTable(tiny_backbone, prompts, (1, 8), batch_size=4)
+    table = RewardTable(tiny_backbone, prompts, (1, 8))
     rewards = table.rewards(0.25, "flops")
     embeddings = prompt_embeddings(tiny_backbone, prompts)
     normal = Normaliser.fit(embeddings)(embeddings)
@@ -104,7 +105,7 @@ def test_the_backbone_s_own_losses_are_paid(tiny_backbone, prompts):
         for action in (1, 0):
             observation, info = env.reset(options={"prompt": index})
             np.testing.assert_array_equal(observation, normal[index])
-            assert info == {"prompt": index, "prompt_id": prompts[index].id}
+            assert info == {"prompt": index, "prompt_id": prompts[index].id, "skip_weight": 0.25}
             terminal, reward, terminated, truncated, info = env.step(action)
             np.testing.assert_array_equal(terminal, observation)
             assert (reward, terminated, truncated) == (rewards[index, action], True, False)
@@ -325,23 +326,21 @@ def test_observations_handed_out_are_the_caller_s(table, observations):
     assert abs(vec.observations).max() <= 10
 
 
-def test_missing_rewards_are_computed_in_blocks(tiny_backbone, prompts):
-    table = RewardTable(tiny_backbone, prompts, (0, 4), batch_size=3)
+def test_missing_rewards_are_computed_in_groups(tiny_backbone, prompts):
+    prompts = [*prompts, Prompt.from_question("Which digit follows 3?", answer="4")]
+    table = RewardTable(tiny_backbone, prompts, (0, 4))
     vec = InsertLayerVecEnv(table, prompt_embeddings(tiny_backbone, prompts), 4)
+    group = table.groups[0]
+    asked = [int(group[index % len(group)]) for index in range(4)]
     for index in range(4):
-        vec._options[index] = {"prompt": index % 3}  # all of the first block
+        vec._options[index] = {"prompt": asked[index]}
     vec.reset()
-    forwards = []
-    handle = tiny_backbone.model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    try:
-        _, _, _, infos = vec.step(np.ones(4, dtype=int))
-    finally:
-        handle.remove()
-    assert len(forwards) == 2  # insert layer 4, and 0 to compare with
-    assert np.isnan(table.losses[3:]).all() and not np.isnan(table.losses[:3]).any()
-    whole = RewardTable(tiny_backbone, prompts, (0, 4), batch_size=3)
+    _, _, _, infos = vec.step(np.ones(4, dtype=int))
+    known = ~np.isnan(table.losses)  # at insert layer 4, and at 0 to compare with
+    assert known[group].all() and known.sum() == 2 * len(group) < known.size
+    whole = RewardTable(tiny_backbone, prompts, (0, 4))
     whole.fill()
-    assert [info["loss"] for info in infos] == [whole.losses[index % 3, 1] for index in range(4)]
+    assert [info["loss"] for info in infos] == [whole.losses[index, 1] for index in asked]
 
 
 @pytest.mark.parametrize("actions", [[0, 1], [0, 1, 4], [-1, 0, 0]])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from backbones import CostModel, load_backbone
-from envs import Prompt, RewardTable, block_forward, encode, load_instructions, prompts_from
+from envs import Prompt, RewardTable, encode, load_instructions, prompts_from, rewards
+from envs.group_forward import GroupForward
+from envs.prompts import ImageRef
 
 LAYERS = (0, 3, 8)
-BATCH = 4
 
 
 @pytest.fixture(scope="module")
 def prompts(rendered_data):
-    """Ten prompts: two of text alone, the others about images of several sources, long and short answers."""
+    """Ten prompts: two of text alone, the others about images of several sources, some of one image."""
     found = prompts_from(load_instructions(rendered_data))
     with_image = [prompt for prompt in found if prompt.images]
     text = [prompt for prompt in found if not prompt.images]
@@ -24,13 +29,31 @@ def prompts(rendered_data):
 
 @pytest.fixture(scope="module")
 def table(tiny_backbone, prompts):
-    filled = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
+    filled = RewardTable(tiny_backbone, prompts, LAYERS)
     filled.fill()
     return filled
 
 
+class Counted(GroupForward):
+    """Group forwards that note what they are asked for."""
+
+    runs: ClassVar[list[tuple[list[str], list[int]]]] = []
+
+    def run(self, prompts, insert_layers):
+        self.runs.append(([prompt.id for prompt in prompts], list(insert_layers)))
+        return super().run(prompts, insert_layers)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """What group forwards are asked for while a test runs: prompts and layers of each."""
+    monkeypatch.setattr(rewards, "GroupForward", Counted)
+    monkeypatch.setattr(Counted, "runs", [])
+    return Counted.runs
+
+
 def in_random_order(backbone, prompts, seed):
-    table = RewardTable(backbone, prompts, LAYERS, BATCH)
+    table = RewardTable(backbone, prompts, LAYERS)
     pairs = [(p, k) for p in range(len(prompts)) for k in range(len(LAYERS))]
     asked = np.random.default_rng(seed).permutation(len(pairs))
     answers = np.full((len(prompts), len(LAYERS)), np.nan)
@@ -57,150 +80,138 @@ def test_losses_do_not_depend_on_the_order_they_are_asked_in(tiny_backbone, prom
     np.testing.assert_array_equal(in_random_order(tiny_backbone, prompts, seed=2), table.losses)
 
 
-def test_losses_do_not_depend_on_who_computes_which_block(tiny_backbone, prompts, table):
-    workers = [RewardTable(tiny_backbone, prompts, LAYERS, BATCH) for _ in range(2)]
-    for start in range(0, len(prompts), BATCH):
-        rows = np.arange(start, min(start + BATCH, len(prompts)))
+def test_losses_do_not_depend_on_who_computes_which_group(tiny_backbone, prompts, table):
+    workers = [RewardTable(tiny_backbone, prompts, LAYERS) for _ in range(2)]
+    for number, group in enumerate(workers[0].groups):
         for column in range(len(LAYERS)):
-            workers[(start // BATCH + column) % 2].compute(rows, np.full(len(rows), column))
+            workers[(number + column) % 2].compute(group, np.full(len(group), column))
     merged = np.where(np.isnan(workers[0].losses), workers[1].losses, workers[0].losses)
     np.testing.assert_array_equal(merged, table.losses)
 
 
-def test_batch_size_changes_rounding_alone(tiny_backbone, prompts, table):
-    other = RewardTable(tiny_backbone, prompts, LAYERS, batch_size=7)
-    other.fill()
-    np.testing.assert_allclose(other.losses, table.losses, atol=1e-5)
+def test_losses_do_not_depend_on_the_other_prompts(tiny_backbone, prompts, table):
+    """Prompts of other images may come and go, before and between."""
+    apart = [index for index, prompt in enumerate(prompts) if prompt.images][::-1]
+    groups = {prompts[index].image_key for index in apart[::2]}
+    kept = [index for index in range(len(prompts)) if prompts[index].image_key in groups]
+    some = RewardTable(tiny_backbone, [prompts[index] for index in kept], LAYERS)
+    some.fill()
+    np.testing.assert_array_equal(some.losses, table.losses[kept])
 
 
-def test_one_question_computes_one_block_at_one_layer(tiny_backbone, prompts):
-    table = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
-    table.loss(5, 1)
+def test_groups_are_those_of_an_image_in_order_of_first_appearance(tiny_backbone, prompts):
+    order = [prompts[index] for index in (9, 3, 0, 4, 8, 1)]
+    found = RewardTable(tiny_backbone, [*order, *order[2:4]], LAYERS).groups
+    keys = [[([*order, *order[2:4]])[index].image_key for index in group] for group in found]
+    text = next(number for number, group in enumerate(found) if 1 in group)
+    assert found[text].tolist() == [1, 4]  # the prompts of text alone
+    with_image = [group for number, group in enumerate(keys) if number != text]
+    assert all(len(set(group)) == 1 for group in with_image)
+    assert len({group[0] for group in with_image}) == len(with_image)
+    assert [group[0] for group in found] == sorted(group[0] for group in found)
+
+
+def test_text_prompts_are_grouped_in_runs(tiny_backbone):
+    prompts = [Prompt.from_question(f"What is {n} and {n}?", answer="an even number") for n in range(70)]
+    assert [len(group) for group in RewardTable(tiny_backbone, prompts, (0,)).groups] == [32, 32, 6]
+
+
+def test_prompts_are_told_apart_by_content(tiny_backbone, prompts):
+    same = replace(prompts[0], id="other", source="elsewhere")
+    table = RewardTable(tiny_backbone, [prompts[0], same, replace(same, answer="no")], LAYERS)
+    keys = table.prompt_keys
+    assert keys[0] == keys[1] != keys[2] and all(len(key) == 16 for key in keys)
+    pixels = prompts[0].images[0].open()
+    other = pixels.copy()
+    other.putpixel((3, 3), (1, 2, 3))
+    opened = [replace(prompts[0], images=(image,)) for image in (pixels, pixels.copy(), other)]
+    keys = RewardTable(tiny_backbone, opened, LAYERS).prompt_keys
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_an_image_that_changed_makes_another_prompt(tiny_backbone, prompts, tmp_path):
+    first, second = tmp_path / "a" / "image.bmp", tmp_path / "b" / "image.bmp"
+    keys = []
+    for path, colour in ((first, "red"), (second, "blue")):
+        path.parent.mkdir()
+        Image.new("RGB", (40, 40), colour).save(path)
+        prompt = replace(prompts[0], images=(ImageRef(path.parent, path.name),))
+        keys += RewardTable(tiny_backbone, [prompt], LAYERS).prompt_keys
+    assert first.stat().st_size == second.stat().st_size
+    assert keys[0] != keys[1]
+
+
+def test_the_same_question_twice_is_computed_once(tiny_backbone, prompts, table, runs):
+    twice = [prompts[0], replace(prompts[0], id="again"), *prompts[1:]]
+    found = RewardTable(tiny_backbone, twice, LAYERS)
+    found.fill()
+    np.testing.assert_array_equal(found.losses[0], found.losses[1])
+    np.testing.assert_array_equal(found.losses[1:], table.losses)
+    asked = [name for names, _ in runs for name in names]
+    assert sorted(asked) == sorted(prompt.id for prompt in prompts)
+
+
+def test_one_prompt_is_a_table(tiny_backbone, prompts):
+    for prompt in (prompts[3], prompts[-1]):
+        table = RewardTable(tiny_backbone, [prompt], (0, 4))
+        table.fill()
+        assert table.complete and table.losses.shape == (1, 2)
+
+
+def test_one_question_computes_its_group_at_one_layer(tiny_backbone, prompts, runs):
+    table = RewardTable(tiny_backbone, prompts, LAYERS)
+    table.loss(8, 1)
     known = ~np.isnan(table.losses)
     expected = np.zeros_like(known)
-    expected[4:8, 1] = True
+    expected[[3, 8], 1] = True
     np.testing.assert_array_equal(known, expected)
-    assert table.missing_blocks() == 3
+    assert runs == [([prompts[3].id, prompts[8].id], [3])]
 
 
-def test_known_losses_are_not_computed_again(tiny_backbone, prompts):
-    table = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
-    forwards = []
-    handle = tiny_backbone.model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    try:
-        for _ in range(3):
-            table.loss(0, 0)
-        assert len(forwards) == 1
-        table.fill()
-        assert len(forwards) == 3 * len(LAYERS)
-        table.rewards(0.5)
-        assert len(forwards) == 3 * len(LAYERS)
-    finally:
-        handle.remove()
-
-
-def test_filling_encodes_each_block_once(tiny_backbone, prompts, monkeypatch):
-    encoded = []
-
-    def counting(processor, batch, **named):
-        encoded.append(len(batch))
-        return encode(processor, batch, **named)
-
-    monkeypatch.setattr(block_forward, "encode", counting)
-    table = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
+def test_known_losses_are_not_computed_again(tiny_backbone, prompts, runs):
+    table = RewardTable(tiny_backbone, prompts, LAYERS)
+    for _ in range(3):
+        table.loss(0, 0)
+    assert [layers for _, layers in runs] == [[0]]
     table.fill()
-    assert encoded == [4, 4, 2]
-    assert table.flops.shape == (len(prompts), len(LAYERS))
-    assert len(encoded) == 3
+    asked = [(name, layer) for names, layers in runs for name in names for layer in layers]
+    assert sorted(asked) == sorted((prompt.id, layer) for prompt in prompts for layer in LAYERS)
+    table.rewards(0.5)
+    assert len(asked) == sum(len(names) * len(layers) for names, layers in runs)
 
 
-def test_a_resume_gives_the_same_bits(tiny_backbone, prompts, table, tmp_path):
-    path = tmp_path / "table.npz"
-    partial = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
-    assert next(partial.fill_by_block()) == BATCH
-    partial.loss(9, 2)
-    partial.save(path)
-
-    resumed = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
-    assert resumed.restore(path) == BATCH
-    np.testing.assert_array_equal(resumed.losses, partial.losses)
-    assert resumed.missing_blocks() == 2
-    resumed.fill()
-    np.testing.assert_array_equal(resumed.losses, table.losses)
-    np.testing.assert_array_equal(resumed.flops, table.flops)
-
-
-@pytest.mark.parametrize("change", ["batch size", "layers", "order", "answer"])
-def test_a_resume_refuses_losses_of_another_table(tiny_backbone, prompts, table, tmp_path, change):
-    path = tmp_path / "table.npz"
-    table.save(path)
-    layers, batch, others = LAYERS, BATCH, list(prompts)
-    if change == "batch size":
-        batch = 5
-    elif change == "layers":
-        layers = (0, 3, 7)
-    elif change == "order":
-        others = others[::-1]
-    else:
-        others[0] = Prompt.from_question("What is this?", answer="a test")
-    with pytest.raises(ValueError, match="another"):
-        RewardTable(tiny_backbone, others, layers, batch).restore(path)
+def test_first_tokens_and_greedy_answers_are_those_of_each_prompt_alone(tiny_backbone, prompts, table):
+    first = np.zeros((len(prompts), len(LAYERS)), dtype=int)
+    for row, prompt in enumerate(prompts):
+        inputs = encode(tiny_backbone.processor, [prompt])
+        labels = inputs.pop("labels")[0]
+        answer = (labels != -100).nonzero()[:, 0]
+        for column, layer in enumerate(LAYERS):
+            with torch.no_grad(), tiny_backbone.insert_at(layer):
+                best = tiny_backbone.model(**inputs).logits[0].argmax(dim=-1)
+            first[row, column] = best[answer[0] - 1]
+            assert table.greedy[row, column] == (best[answer - 1] == labels[answer]).all()
+    np.testing.assert_array_equal(table.agreement, first == first[:, :1])
+    assert 0 < table.greedy.mean() < 1 and table.agreement.mean() < 1
 
 
-def test_save_and_load(table, tmp_path):
-    path = tmp_path / "below" / "table.npz"
-    table.save(path)
-    assert [entry.name for entry in path.parent.iterdir()] == ["table.npz"]
-    loaded = RewardTable.load(path)
-    np.testing.assert_array_equal(loaded.losses, table.losses)
-    np.testing.assert_array_equal(loaded.flops, table.flops)
-    np.testing.assert_array_equal(loaded.bonus("flops"), table.bonus("flops"))
-    for name in ("insert_layers", "num_layers", "sources", "image_keys", "prompt_ids", "identity"):
-        assert getattr(loaded, name) == getattr(table, name)
+def test_agreement_needs_layer_0(tiny_backbone, prompts):
+    table = RewardTable(tiny_backbone, prompts[:3], (3,))
+    table.fill()
+    assert np.isnan(table.agreement).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half"])
-def test_a_file_that_is_no_table_is_named(tmp_path, content):
-    path = tmp_path / "table.npz"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"table\.npz is not a reward table"):
-        RewardTable.load(path)
-
-
-def test_another_archive_is_no_table(tmp_path):
-    np.savez(tmp_path / "table.npz", losses=np.zeros((1, 1)))
-    with pytest.raises(ValueError, match="is not a reward table"):
-        RewardTable.load(tmp_path / "table.npz")
-
-
-def test_a_table_holding_a_pickle_is_not_read(table, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return open, (str(tmp_path / "sprung"), "w")
-
-    table.save(tmp_path / "table.npz")
-    with np.load(tmp_path / "table.npz") as file:
-        content = dict(file)
-    content["identity"] = np.array([Trap()], dtype=object)
-    np.savez(tmp_path / "table.npz", **content)
-    with pytest.raises(ValueError, match="is not a reward table"):
-        RewardTable.load(tmp_path / "table.npz")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_a_failed_save_leaves_the_old_file(table, tmp_path, monkeypatch):
-    path = tmp_path / "table.npz"
-    table.save(path)
-    before = path.read_bytes()
-
-    def full(*_args, **_named):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="disk full"):
-        table.save(path)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["table.npz"]
+def test_digest_tells_tables_apart(tiny_backbone, prompts, table):
+    other = RewardTable(tiny_backbone, prompts, LAYERS)
+    assert other.identity == table.identity and other.digest != table.digest
+    other.fill()
+    assert other.digest == table.digest and len(table.digest) == 16
+    assert RewardTable(tiny_backbone, prompts, (0, 3, 7)).digest != table.digest
+    moved = table.subset(np.arange(len(table))[::-1])
+    assert moved.identity == table.identity and moved.digest != table.digest
+    changed = RewardTable.from_losses([[1.0, 2.0]], (0, 1), 2)
+    assert changed.digest == RewardTable.from_losses([[1.0, 2.0]], (0, 1), 2).digest
+    assert changed.digest != RewardTable.from_losses([[1.0, 2.5]], (0, 1), 2).digest
 
 
 def test_a_loss_that_is_not_finite_names_prompt_and_layer(prompts):
@@ -229,6 +240,11 @@ def test_reward_is_minus_loss_plus_weighted_bonus():
     np.testing.assert_allclose(table.bonus("flops"), [[0, 0.2, 0.4], [0, 0, 0]])
     np.testing.assert_allclose(table.rewards(0.5), [[-1, -1.75, -2.5], [-0.5, 0, -3.5]])
     np.testing.assert_allclose(table.rewards(2, "flops"), [[-1, -1.6, -2.2], [-0.5, -0.25, -4]])
+    with pytest.raises(LookupError, match="no times"):
+        table.bonus("time")
+    table.times = np.array([1.0, 0.75, 1.01])
+    np.testing.assert_allclose(table.bonus("time"), [[0, 0.25, 0]] * 2)
+    np.testing.assert_allclose(table.subset([1]).bonus("time"), [[0, 0.25, 0]])
     with pytest.raises(ValueError, match="'width'"):
         table.bonus("width")
     for weight in (-0.1, float("nan"), float("inf")):
@@ -262,17 +278,18 @@ def test_flops_are_those_of_the_prompt_that_generate_reads(tiny_backbone, prompt
 
 
 def test_flops_are_counted_without_a_forward(tiny_backbone, prompts, table):
-    fresh = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
+    fresh = RewardTable(tiny_backbone, prompts, LAYERS)
     np.testing.assert_array_equal(fresh.flops, table.flops)
     assert np.isnan(fresh.losses).all()
 
 
 def test_a_subset_asks_its_table(tiny_backbone, prompts, table):
-    whole = RewardTable(tiny_backbone, prompts, LAYERS, BATCH)
+    whole = RewardTable(tiny_backbone, prompts, LAYERS)
     part = whole.subset([8, 1, 5])
     assert part.prompt_ids == [prompts[8].id, prompts[1].id, prompts[5].id]
     part.loss(2, 1)
     assert whole.losses[5, 1] == table.losses[5, 1]
+    np.testing.assert_array_equal(part.agreement, whole.agreement[[8, 1, 5]])
     part.fill()
     np.testing.assert_array_equal(part.losses, table.losses[[8, 1, 5]])
     np.testing.assert_array_equal(part.flops, table.flops[[8, 1, 5]])
@@ -300,6 +317,7 @@ def test_all_candidates_are_layers_0_to_the_last(tiny_backbone, prompts):
         ([[1.0, np.inf]], {}),
         ([[1.0, 2.0]], {"flops": [[1.0]]}),
         ([[1.0, 2.0]], {"sources": ["a", "b"]}),
+        ([[1.0, 2.0]], {"times": [1.0]}),
     ],
 )
 def test_known_losses_are_checked(losses, named):
@@ -307,8 +325,8 @@ def test_known_losses_are_checked(losses, named):
         RewardTable.from_losses(losses, (0, 1), 2, **named)
 
 
-def test_no_prompts_and_no_batch_are_errors(tiny_backbone, prompts):
+def test_no_prompts_and_no_tokens_are_errors(tiny_backbone, prompts):
     with pytest.raises(ValueError, match="no prompts"):
         RewardTable(tiny_backbone, [])
-    with pytest.raises(ValueError, match="batch_size 0"):
-        RewardTable(tiny_backbone, prompts, batch_size=0)
+    with pytest.raises(ValueError, match="batch_tokens 0"):
+        RewardTable(tiny_backbone, prompts, batch_tokens=0)

@@ -1,0 +1,381 @@
+"""Reward tables on disk: whole or absent, appendable, the same bits, and nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from backbones import load_backbone
+from envs import RewardTable, load_instructions, prompts_from, reward_files, rewards
+from envs.reward_files import MANIFEST, RewardFiles
+
+LAYERS = (0, 3, 8)
+
+
+@pytest.fixture(scope="module")
+def prompts(rendered_data):
+    """Nine prompts about four images and one of text alone."""
+    found = prompts_from(load_instructions(rendered_data))
+    images = list(dict.fromkeys(prompt.image_key for prompt in found if prompt.images))[:4]
+    with_image = [prompt for prompt in found if prompt.images and prompt.image_key in images]
+    text = next(prompt for prompt in found if not prompt.images)
+    return [*with_image[:5], text, *with_image[-3:]]
+
+
+@pytest.fixture(scope="module")
+def table(tiny_backbone, prompts):
+    filled = RewardTable(tiny_backbone, prompts, LAYERS)
+    filled.fill()
+    return filled
+
+
+def assert_same(mine, theirs):
+    """Equal to the last bit."""
+    assert mine.prompt_ids == theirs.prompt_ids and mine.insert_layers == theirs.insert_layers
+    for name in ("losses", "correct", "agreement", "greedy", "flops", "stock_flops"):
+        np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name), err_msg=name)
+    assert mine.digest == theirs.digest
+
+
+@pytest.fixture
+def no_forward(monkeypatch):
+    """Fails a test that computes anything."""
+    monkeypatch.setattr(RewardTable, "_compute_group", None)
+
+
+@pytest.fixture
+def folder(table, tmp_path):
+    """The whole table on disk."""
+    table.save(tmp_path / "table")
+    return tmp_path / "table"
+
+
+def shards(folder):
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("_"))
+
+
+def test_save_and_load(table, folder):
+    loaded = RewardTable.load(folder)
+    assert_same(loaded, table)
+    for name in ("sources", "image_keys", "prompt_keys", "num_layers", "identity", "origin"):
+        assert getattr(loaded, name) == getattr(table, name)
+    np.testing.assert_array_equal(loaded.bonus("flops"), table.bonus("flops"))
+    with pytest.raises(LookupError, match="no backbone"):
+        RewardTable.load(folder, (0, 5)).loss(0, 1)
+
+
+def test_a_table_of_given_losses_is_saved_too(tmp_path):
+    table = RewardTable.from_losses([[1.0, np.nan], [0.5, 2.0]], (1, 2), 4, image_keys=["a", "a"])
+    table.save(tmp_path)
+    loaded = RewardTable.load(tmp_path)
+    np.testing.assert_array_equal(loaded.losses, table.losses)
+    assert not loaded.complete and loaded.digest == table.digest
+    with pytest.raises(LookupError, match="FLOPs"):
+        _ = loaded.flops
+
+
+def test_other_readers_take_the_folder_as_one_data_set(table, folder):
+    for found in (pq.read_table(folder), pa.dataset.dataset(folder).to_table()):
+        assert found.num_rows == table.losses.size
+        assert set(found.column_names) == set(reward_files.SCHEMA.names)
+        np.testing.assert_array_equal(found["loss"].to_numpy(), table.losses.ravel())
+        assert found["prompt_id"].to_pylist() == [name for name in table.prompt_ids for _ in LAYERS]
+        assert found["correct"].null_count == table.losses.size
+        np.testing.assert_array_equal(found["agrees"].to_numpy(), table.agreement.ravel())
+
+
+def test_what_a_folder_knows_is_not_computed(tiny_backbone, prompts, table, folder, no_forward):
+    found = RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
+    assert_same(found, table)
+    order = np.random.default_rng(0).permutation(len(prompts))[:6]
+    some = RewardTable(tiny_backbone, [prompts[index] for index in order], (3, 8), folder=folder)
+    np.testing.assert_array_equal(some.losses, table.losses[order][:, 1:])
+    np.testing.assert_array_equal(some.agreement, table.agreement[order][:, 1:])  # layer 0 is known there
+    renamed = [replace(prompt, id=f"n{prompt.id}", source="new") for prompt in prompts]
+    np.testing.assert_array_equal(
+        RewardTable(tiny_backbone, renamed, LAYERS, folder=folder).losses, table.losses
+    )
+
+
+def test_what_is_computed_is_added(tiny_backbone, prompts, table, tmp_path, monkeypatch):
+    first = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)
+    first.loss(0, 1)
+    assert not list(tmp_path.iterdir())
+    first.flush()
+    assert len(shards(tmp_path)) == 1
+    first.flush()
+    assert len(shards(tmp_path)) == 1  # nothing new
+    monkeypatch.setattr(rewards, "ADD_SECONDS", 0.0)
+    first.subset([5, 6]).loss(0, 2)
+    assert len(shards(tmp_path)) == 2
+    again = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)
+    np.testing.assert_array_equal(again.losses, first.losses)
+    assert 0 < (~np.isnan(again.losses)).sum() < again.losses.size
+    again.fill()
+    assert_same(again, table)
+    assert_same(RewardTable.load(tmp_path), table)
+
+
+def test_layers_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_path):
+    for layers in ((8,), (0,), (3,)):
+        RewardTable(tiny_backbone, prompts, layers, folder=tmp_path).fill()
+    assert len(shards(tmp_path)) == 3
+    assert_same(RewardTable.load(tmp_path), table)
+    assert RewardTable.load(tmp_path, (3,)).losses.tolist() == table.losses[:, 1:2].tolist()
+
+
+def test_prompts_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_path):
+    """Where a group grew, its losses in the new group come before those in the old."""
+    last = {prompts[-1].image_key}
+    for chosen in (
+        [prompt for prompt in prompts if prompt.image_key in last],
+        [prompt for prompt in prompts if prompt.image_key not in last][1:],
+        prompts,
+    ):
+        part = RewardTable(tiny_backbone, chosen, LAYERS)
+        files = RewardFiles(tmp_path, part.origin)
+        rewards.take_over(part, files.read_new(), same_group=True)
+        missing = np.isnan(part.losses)
+        part.fill()
+        files.write_prompts(rewards.prompt_columns(part))
+        files.write("added", rewards.columns_of(part, missing))
+    assert_same(part, table)
+    assert_same(RewardTable.load(tmp_path), table)
+    rows = [file.num_rows for file in map(pq.read_table, shards(tmp_path))]
+    assert sum(rows) < 2 * table.losses.size  # groups that did not change were not computed again
+
+
+def test_another_group_s_losses_serve_a_table_of_some_questions(tiny_backbone, prompts, table, folder):
+    one = [prompts[1]]
+    assert prompts[0].image_key == prompts[1].image_key
+    found = RewardTable(tiny_backbone, one, LAYERS, folder=folder)
+    assert found.group_keys[0] != table.group_keys[1]
+    np.testing.assert_array_equal(found.losses, table.losses[1:2])
+    alone = RewardTable(tiny_backbone, one, LAYERS)
+    rewards.take_over(alone, RewardFiles(folder, alone.origin).read_new(), same_group=True)
+    assert np.isnan(alone.losses).all()
+    alone.fill()
+    np.testing.assert_allclose(alone.losses, found.losses, atol=1e-5)
+
+
+def test_another_batch_tokens_is_another_group(tiny_backbone, prompts, table):
+    other = RewardTable(tiny_backbone, prompts, LAYERS, batch_tokens=4096)
+    assert not set(other.group_keys) & set(table.group_keys) and other.prompt_keys == table.prompt_keys
+
+
+def test_a_folder_of_another_backbone_is_refused(prompts, folder):
+    other = load_backbone("tiny", device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"another backbone or precision.*dtype 'float32', here 'bfloat16'"):
+        RewardTable(other, prompts, LAYERS, folder=folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"\.parquet was computed with another backbone or precision"):
+        RewardTable(other, prompts, LAYERS, folder=folder)
+
+
+def test_files_that_are_missing_are_named(tiny_backbone, prompts, table, folder):
+    lost = shards(folder)[0]
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"{lost.name} is missing.*_manifest.json"):
+        RewardTable.load(folder)
+    again = RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
+    assert np.isnan(again.losses).all()
+    again.fill()
+    assert_same(RewardTable.load(folder), table)
+
+
+def test_unfinished_tables_are_not_taken_for_whole(tiny_backbone, prompts, tmp_path):
+    with pytest.raises(ValueError, match="holds no reward table"):
+        RewardTable.load(tmp_path / "nowhere")
+    part = RewardTable(tiny_backbone, prompts, LAYERS)
+    files = RewardFiles(tmp_path, part.origin)
+    files.write_prompts(rewards.prompt_columns(part))
+    with pytest.raises(ValueError, match="no losses yet"):
+        RewardTable.load(tmp_path)
+    part.loss(0, 0)
+    files.write("losses-00000", rewards.columns_of(part, ~np.isnan(part.losses)))
+    loaded = RewardTable.load(tmp_path)
+    assert len(loaded) == len(prompts) and not loaded.complete and loaded.insert_layers == (0,)
+
+
+def refused(folder, match):
+    with pytest.raises(ValueError, match=match):
+        RewardTable.load(folder)
+
+
+def test_every_flipped_byte_is_noticed(folder):
+    shard = shards(folder)[0]
+    content = shard.read_bytes()
+    for place in np.random.default_rng(0).integers(len(content), size=200):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(place % 8)
+        shard.write_bytes(flipped)
+        refused(folder, f"{shard.name} is damaged.*remove it")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 100, -1])
+def test_every_truncation_is_noticed(tiny_backbone, prompts, table, folder, kept):
+    shard = shards(folder)[0]
+    shard.write_bytes(shard.read_bytes()[:kept])
+    refused(folder, f"{shard.name} is damaged")
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged.*remove it"):
+        RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
+    shard.unlink()  # as the error says
+    RewardTable(tiny_backbone, prompts, LAYERS, folder=folder).fill()
+    assert_same(RewardTable.load(folder), table)
+
+
+def hashed(folder: Path, content: bytes) -> Path:
+    """A file whose name says the right hash."""
+    path = folder / f"added-{reward_files.hashlib.sha256(content).hexdigest()[:16]}.parquet"
+    path.write_bytes(content)
+    return path
+
+
+def parquet(table: pa.Table) -> bytes:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+class Trap:
+    """Leaves a trace when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_run_or_believed(folder, tmp_path):
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    whole = pq.read_table(shards(folder)[0])
+    layers = whole["insert_layer"]
+    wrong = {
+        "pickle": trap,
+        "pandas metadata": parquet(pa.table({"a": [1]}).replace_schema_metadata({"PANDAS": trap})),
+        "of someone else": parquet(pa.table({"loss": [1.0]})),
+        "no origin": parquet(whole.replace_schema_metadata({})),
+        "origin no object": parquet(whole.replace_schema_metadata({"deepinsert": "[1]"})),
+        "a pickle as origin": parquet(whole.replace_schema_metadata({"deepinsert": trap})),
+        "bytes for losses": parquet(
+            whole.set_column(6, "loss", pa.array([trap] * len(whole), type=pa.binary()))
+        ),
+        "text for layers": parquet(whole.set_column(5, "insert_layer", pa.array(["x"] * len(whole)))),
+        "infinite": parquet(whole.set_column(6, "loss", pa.array([np.inf] * len(whole)))),
+        "no losses": parquet(whole.set_column(6, "loss", pa.nulls(len(whole), pa.float64()))),
+        "numbers for keys": parquet(whole.set_column(0, "prompt_key", layers)),
+    }
+    for name, content in wrong.items():
+        path = hashed(folder, content)
+        with pytest.raises(ValueError, match=f"{path.name} is no shard.*remove it"):
+            RewardTable.load(folder)
+            pytest.fail(name)
+        path.unlink()
+    assert not (tmp_path / "sprung").exists()
+    RewardTable.load(folder)
+
+
+def test_layers_that_the_backbone_does_not_have_change_nothing(tiny_backbone, prompts, table, folder):
+    whole = pq.read_table(shards(folder)[0])
+    odd = pa.array(np.resize([-1, 9, 2**31 - 1], len(whole)), type=pa.int32())
+    hashed(folder, parquet(whole.set_column(5, "insert_layer", odd)))
+    assert_same(RewardTable(tiny_backbone, prompts, LAYERS, folder=folder), table)
+    refused(folder, "insert_layers")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "part-0.parquet", "losses-00000-0123.parquet"])
+def test_a_file_of_someone_else_is_named(folder, name):
+    (folder / name).write_text("mine")
+    refused(folder, f"{name} is no file of a reward table; remove it")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"origin": {}, "files": {"a": 3}}', "\x00"])
+def test_a_damaged_manifest_is_named(table, folder, content):
+    (folder / MANIFEST).write_text(content)
+    refused(folder, "_manifest.json is damaged.*remove it")
+    (folder / MANIFEST).unlink()
+    assert_same(RewardTable.load(folder), table)
+
+
+def test_the_manifest_s_hash_is_checked(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for entry in manifest["files"].values():
+        entry["sha256"] = entry["sha256"][:-1] + ("0" if entry["sha256"][-1] != "0" else "1")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    refused(folder, "is damaged")
+
+
+def test_the_manifest_is_the_same_whoever_writes_it(table, folder, tmp_path):
+    written = (folder / MANIFEST).read_bytes()
+    RewardFiles(folder, table.origin).complete()
+    assert (folder / MANIFEST).read_bytes() == written
+    table.save(tmp_path / "other")
+    assert (tmp_path / "other" / MANIFEST).read_bytes() == written
+
+
+def test_a_failed_write_leaves_nothing(table, folder, monkeypatch):
+    before = sorted(os.listdir(folder))
+
+    def full(*_args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        RewardFiles(folder, table.origin).write("added", rewards.columns_of(table, table.losses > 1))
+    assert sorted(os.listdir(folder)) == before
+
+
+WRITER = """
+import sys
+import numpy as np
+from envs import RewardTable
+from envs.reward_files import RewardFiles
+from envs.rewards import columns_of, prompt_columns
+rng = np.random.default_rng(0)
+table = RewardTable.from_losses(rng.random((2000, 32)), range(32), 32)
+files = RewardFiles(sys.argv[1], table.origin)
+files.write_prompts(prompt_columns(table))
+print("ready", flush=True)
+number = 0
+while True:
+    mask = np.zeros(table.losses.shape, bool)
+    mask[number % 100 * 20 : number % 100 * 20 + 20] = True
+    table.losses[mask] += 1
+    files.write(f"losses-{number:05d}", columns_of(table, mask))
+    files.complete()
+    number += 1
+"""
+
+
+def test_a_killed_writer_leaves_whole_files_alone(tmp_path):
+    for seed in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(rewards.__file__).parents[1],
+        )
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.1 + 0.1 * seed)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if shards(tmp_path):
+            assert not RewardTable.load(tmp_path).complete
+    assert shards(tmp_path)
+    shutil.rmtree(tmp_path)
