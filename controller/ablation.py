@@ -170,12 +170,13 @@ def table_of(result: dict[str, Any]) -> str:
         if (choice := result[name]) is not None:
             label = name.replace("_", " ") + (f" ({choice['insert_layer']})" if name == "best_fixed" else "")
             lines.append(f"| {label} | {reward_of(choice)} | {share_of(choice)} |")
+    prompts = result["prompts"]
     note = (
         f"Algorithm {result['algorithm']}, mean of {result['seeds']} seeds, skip weight "
-        f"{result['skip_weight']:g}, bonus {result['bonus']}; trained on {result['prompts']['train']} "
-        f"prompts, judged on {result['prompts']['held_out']} of {result['images']['held_out']} other images. In "
-        "brackets 95 % intervals, bootstrapped over images, each for itself. The gap is that from the best "
-        "fixed layer to the oracle; kNN and ridge see the same as the policy."
+        f"{result['skip_weight']:g}, bonus {result['bonus']}; trained on {prompts['train']} prompts, judged "
+        f"on {prompts['held_out']} of {result['images']['held_out']} other images. In brackets "
+        "95 % intervals, bootstrapped over images, each for itself. The gap is that from the best fixed layer "
+        "to the oracle; kNN and ridge see the same as the policy."
     )
     return "\n".join([*lines, "", note, "", verdict(result), ""])
 
