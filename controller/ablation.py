@@ -175,8 +175,8 @@ def table_of(result: dict[str, Any]) -> str:
         f"Algorithm {result['algorithm']}, mean of {result['seeds']} seeds, skip weight "
         f"{result['skip_weight']:g}, bonus {result['bonus']}; trained on {prompts['train']} prompts, judged "
         f"on {prompts['held_out']} of {result['images']['held_out']} other images. In brackets "
-        "95 % intervals, bootstrapped over images, each for itself. The gap is that from the best fixed layer "
-        "to the oracle; kNN and ridge see the same as the policy."
+        "95 % intervals, bootstrapped over images, each for itself. The gap is that from the best fixed "
+        "layer to the oracle; kNN and ridge see the same as the policy."
     )
     return "\n".join([*lines, "", note, "", verdict(result), ""])
 
