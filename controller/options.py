@@ -389,6 +389,8 @@ def check(options: Any) -> None:
         raise ValueError(f"--skip-weight {weight}: give 0 or a positive number")
     if "skip_weight_range" in values:
         parse_skip_weights(values["skip_weight_range"], values["skip_weight"])
+    for observation in values.get("observation", "embeddings").split(","):
+        parse_observation(observation)
     if weight is not None and values.get("policy", "") is None:
         raise ValueError(f"--skip-weight {weight}: it is asked of a policy; give --policy too")
     if "efficiency" in values and not 0 < values["efficiency"] <= 1:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from backbones import Backbone, CostModel
 from envs.prompts import Prompt
+from envs.time_bonus import WARM_UP, synchronise
 
 from .answers import generation_inputs
 from .runs import progress
 from .variants import Variant
 
-WARM_UP = 1
 DECODE_TOKENS = 8
 
 
@@ -128,14 +128,6 @@ def timed(backbone: Backbone) -> Iterator[Forwards]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked for; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def cache_bytes(cache: Any) -> int:

@@ -103,6 +103,7 @@ def test_good_options_pass(data, tmp_path):
         (lambda data: TrainPolicyOptions(out=data, data=data, skip_weight=-1), "--skip-weight -1"),
         (lambda data: TrainPolicyOptions(out=data, data=data, skip_weight=float("inf")), "--skip-weight inf"),
         (lambda data: TrainPolicyOptions(out=data, data=data, held_out=1), "--held-out 1"),
+        (lambda data: TrainPolicyOptions(out=data, data=data, observation="hiden:2"), "--observation"),
         (lambda data: FinetuneOptions(out=data, data=data, insert_layer=-1), "--insert-layer -1"),
         (lambda data: FinetuneOptions(out=data, data=data, steps=0), "--steps 0"),
         (lambda data: EvaluateOptions(out=data, data=data, variants=(data.parent,)), "--variants"),
