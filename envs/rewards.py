@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Bonus = Literal["depth", "flops", "time"]
 FloatArray = NDArray[np.float64]
 
-METHOD = "group-1"
+METHOD = "shared-1"
 """Named in every file: losses of another way of computing differ in their last bits."""
 
 ADD_SECONDS = 60.0
@@ -41,8 +41,8 @@ ADD_SECONDS = 60.0
 class RewardTable:
     """`-loss` and skip bonus of P prompts at K candidate insert layers.
 
-    Losses are computed when first asked for, in groups: the prompts about one image together (prompts
-    without an image in runs of 32), at all layers asked for. A loss depends on its group and on
+    Losses are computed when first asked for, in groups: the prompts about the same images together, and
+    images together up to some dozens of prompts, at all layers asked for. A loss depends on its group and on
     `batch_tokens`, which bounds the memory of a forward, alone: it is the same to the last bit whatever
     was asked before, by whom, and after a resume.
 

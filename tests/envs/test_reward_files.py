@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from backbones import load_backbone
-from envs import RewardTable, load_instructions, prompts_from, reward_files, rewards
+from envs import RewardTable, load_instructions, prompt_keys, prompts_from, reward_files, rewards
 from envs.reward_files import MANIFEST, RewardFiles
 
 LAYERS = (0, 3, 8)
@@ -198,7 +198,8 @@ def test_files_that_are_missing_are_named(tiny_backbone, prompts, table, folder)
     assert_same(RewardTable.load(folder), table)
 
 
-def test_unfinished_tables_are_not_taken_for_whole(tiny_backbone, prompts, tmp_path):
+def test_unfinished_tables_are_not_taken_for_whole(tiny_backbone, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
     with pytest.raises(ValueError, match="holds no reward table"):
         RewardTable.load(tmp_path / "nowhere")
     part = RewardTable(tiny_backbone, prompts, LAYERS)
