@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,23 @@ HUB_ARGUMENTS = (
     "trust_remote_code",
 )
 """What says where a checkpoint is, and so holds for its configuration and processor too."""
+
+
+class ModelPrompt(Protocol):
+    """A prompt that knows what a model reads of it, as `envs.Prompt` does."""
+
+    @classmethod
+    def to_generate(cls, processor: Any, prompts: Any) -> dict[str, Tensor]:
+        """Inputs of `generate` for a batch of prompts: padded left, ending where the answers begin."""
+        ...
+
+
+class ChoosesLayers(Protocol):
+    """What `generate` asks of a policy."""
+
+    def layers(self, backbone: Any, prompts: Any) -> Sequence[int]:
+        """The insert layer of each prompt on this backbone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,59 @@ class Backbone:
         """Another insert layer for a while, one for the batch or one per row; as `backbones.insert_at`."""
         with insert_at(self.model, insert_layer, multimodal_mask=multimodal_mask):
             yield self
+
+    def generate(
+        self,
+        prompts: Sequence[ModelPrompt],
+        policy: ChoosesLayers | None = None,
+        *,
+        insert_layer: int | Sequence[int] | None = None,
+        batch_size: int = 32,
+        max_new_tokens: int = 32,
+        **generate: Any,
+    ) -> list[str]:
+        """The answer to each prompt (P), greedy unless `generate`, which reaches `model.generate`, says else.
+
+        `prompts` are `envs.Prompt`s. A `policy`, such as `controller.policy.LayerPolicy`, chooses a layer for
+        each, and prompts of several layers are generated together. Otherwise `insert_layer` is one layer, or
+        one for each prompt; by default the one in force. With `num_return_sequences`, a prompt's answers
+        follow each other.
+
+        Raises `ValueError` for both a policy and an insert layer, for another number of layers than of
+        prompts, and for a layer that the model does not have.
+        """
+        layers = self._layer_of_each(prompts, policy, insert_layer)
+        arguments = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **generate}
+        model: Any = self.model
+        answers: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            inputs = to_model(type(prompts[start]).to_generate(self.processor, prompts[batch]), model)
+            with self.insert_at(layers[batch]), torch.inference_mode():
+                tokens = model.generate(**inputs, **arguments)
+            told = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+            texts = self.tokenizer.batch_decode(tokens[:, told:], skip_special_tokens=True)
+            answers += [text.strip() for text in texts]
+        return answers
+
+    def _layer_of_each(
+        self,
+        prompts: Sequence[ModelPrompt],
+        policy: ChoosesLayers | None,
+        insert_layer: int | Sequence[int] | None,
+    ) -> list[int]:
+        if policy is not None and insert_layer is not None:
+            raise ValueError(f"both a policy and insert_layer {insert_layer}: give one of them")
+        if policy is not None:
+            insert_layer = policy.layers(self, prompts)
+        if insert_layer is None:
+            insert_layer = self.insert_layer
+        layers = [insert_layer] * len(prompts) if isinstance(insert_layer, int) else list(insert_layer)
+        if len(layers) != len(prompts):
+            raise ValueError(
+                f"{len(layers)} insert layers for {len(prompts)} prompts: give one, or one for each"
+            )
+        return layers
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights (safetensors), `config.json` with the insert layer, and the processor."""

@@ -17,9 +17,9 @@ from torch import Tensor
 class Section:
     """Layers `start` to `stop` - 1 of a stack's forward; the others hand on what they are given.
 
-    At layer `start` the rows where `placed` (R,) is True become `states` (1, R, D). `mask(layer, dtype)` is a
-    layer's attention mask (1, 1, R, K) for R new rows and K keys. `kept` collects the input (1, R, D) of each
-    layer in `keep`.
+    At layer `start` the rows where `placed` (R,) is True become `states` (B, R, D). `mask(layer, dtype)` is a
+    layer's attention mask (B|1, 1, R, K) for R new rows and K keys. `kept` collects the input (B, R, D) of
+    each layer in `keep`.
     """
 
     start: int
@@ -50,21 +50,21 @@ class Section:
 def mask_maker(
     seen: Tensor, rows: Tensor, keys: Tensor, windows: Sequence[int | None], additive: bool
 ) -> Callable[[int, torch.dtype], Tensor]:
-    """Makes `Section.mask` from `seen` (R, K) bool, once for each window.
+    """Makes `Section.mask` from `seen` (B|1, R, K) bool, once for each window.
 
-    `rows` (R,) and `keys` (K,) are positions in the full sequence, in which sliding windows are measured;
-    `additive` gives 0 and the lowest number instead of True and False, as eager attention takes them.
+    `rows` (B|1, R) and `keys` (B|1, K) are positions in the full sequence, in which sliding windows are
+    measured; `additive` gives 0 and the lowest number instead of True and False, for eager attention.
     """
     made: dict[int | None, Tensor] = {}
 
     def mask(layer: int, dtype: torch.dtype) -> Tensor:
         window = windows[layer]
         if window not in made:
-            visible = seen if window is None else seen & (rows[:, None] - keys[None, :] < window)
+            visible = seen if window is None else seen & (rows[:, :, None] - keys[:, None, :] < window)
             if additive:
                 lowest = torch.finfo(dtype).min
                 visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
-            made[window] = visible[None, None]
+            made[window] = visible[:, None]
         return made[window]
 
     return mask

@@ -1,4 +1,4 @@
-"""One prompt with features, any number of texts that continue it, at many insert layers: no part twice.
+"""Prompts with features, any number of texts that continue each, at many insert layers: no part twice.
 
 Attention is causal, so what comes first does not depend on what follows. The encoder runs once; the text
 before the features, once for all prompts that begin with it; the features' rows, once for each insert layer;
@@ -43,10 +43,11 @@ class CannotShareError(ValueError):
 
 @dataclass(frozen=True)
 class Branches:
-    """Texts that continue one prefix, as a tree of R tokens.
+    """Texts that continue B prefixes, for each a tree of R tokens.
 
-    `ids` (R,) are the tokens, `depth` (R,) their distances from the end of the prefix, from 0 on, and `seen`
-    (R, R) bool says which of the others each one follows: those on its way, and itself.
+    `ids` (B, R) are the tokens, `depth` (B, R) their distances from the end of the prefix, from 0 on, and
+    `seen` (B, R, R) bool says which of the others each one follows: those on its way, and itself. A tree
+    that has fewer tokens is filled with others that nobody sees but themselves.
     """
 
     ids: Tensor
@@ -55,7 +56,7 @@ class Branches:
 
 
 class Run(NamedTuple):
-    """What some layers made of some rows: `states` (1, R, D) behind the last, `kept` inputs, the cache."""
+    """What some layers made of some rows: `states` (B, R, D) behind the last, `kept` inputs, the cache."""
 
     states: Tensor
     kept: dict[int, Tensor]
@@ -71,11 +72,11 @@ class _Output(BaseModelOutputWithPast):
 
 
 class SharedPrefix:
-    """The rows of one prompt up to its last multimodal token, to be continued by many texts.
+    """The rows of B prompts up to their last multimodal token, to be continued by many texts each.
 
-    `inputs` are the model's inputs for one such prompt and a text after it (B = 1, no padding) that is at
-    least as long as the deepest branch; the first `length` tokens are the prefix. `texts` hands what prompts
-    begin with from one prefix to the next.
+    `inputs` are the model's inputs for such prompts, each with a text after it that is at least as long as
+    its deepest branch, padded on the right. The first `length` tokens are the prefix: the same ids in each,
+    with other features. `texts` hands what prompts begin with from one call to the next.
 
     Raises `CannotShareError` for a model whose rows depend on more than the rows before them.
     """
@@ -88,36 +89,43 @@ class SharedPrefix:
         self.in_tuples = False
         self.call, waiting = self._captured(inputs)
         check_arguments(self.call)
-        if waiting is None or not waiting[0, length - 1] or waiting[0, length:].any():
+        if waiting is None or not waiting[0, length - 1] or waiting[:, length:].any():
             raise CannotShareError("its prefix does not end with the last multimodal token")
-        embeds = self.call["inputs_embeds"]
+        ids = inputs["input_ids"]
+        self.batch, total = ids.shape
+        if not (ids[:, :length] == ids[0, :length]).all():
+            raise ValueError("prefixes of different tokens: give those that are alike together")
         if self.call.get("position_ids") is None:
-            self.call["position_ids"] = torch.arange(embeds.shape[1], device=embeds.device)[None]
-        self.prefix = torch.arange(length, device=embeds.device)
-        self.sample = inputs["input_ids"][0, length:]
+            self.call["position_ids"] = torch.arange(total, device=waiting.device)[None]
+        self.prefix = torch.arange(length, device=waiting.device)
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        self.sample, self.sampled = ids[:, length:], mask[:, length:].bool()
         begin = int(waiting[0].int().argmax())
         self.ahead, self.rest = self.prefix[:begin], self.prefix[begin:]
         self.is_word = ~waiting[0, begin:length]
-        self.ahead_cache = self._text_ahead(inputs["input_ids"][0, :begin].tolist(), texts)
+        self.ahead_cache = self._text_ahead(ids[0, :begin].tolist(), texts)
 
     def run(
         self, branches: Sequence[Branches], insert_layers: Sequence[int]
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Final hidden states (R, D) of each of `branches` at each insert layer: (layer, which, states)."""
+        """Final hidden states of each of `branches` at each insert layer: (layer, which, (B, R, D))."""
         keep = frozenset(insert_layers)
         words = self._words_alone(keep)
         calls = self._embedded(branches)
         alone = [self._branch_alone(*each, words.cache, keep) for each in zip(branches, calls, strict=True)]
         for layer in insert_layers:
             if layer == self.num_layers:
-                yield from ((layer, index, run.states[0]) for index, run in enumerate(alone))
+                yield from ((layer, index, run.states) for index, run in enumerate(alone))
                 continue
             cache = self._prefix_at(layer, words)
             for index, (branch, call) in enumerate(zip(branches, calls, strict=True)):
                 given = alone[index].kept.get(layer)
                 rows = len(self.prefix) + branch.depth
-                run = self._run(call, self.prefix, rows, branch.seen, cache, layer, states=given)
-                yield layer, index, run.states[0]
+                yield (
+                    layer,
+                    index,
+                    self._run(call, self.prefix, rows, branch.seen, cache, layer, states=given).states,
+                )
 
     def logits(self, states: Tensor) -> Tensor:
         """(R, V) logits of final hidden states (R, D), by the model's own head and all that goes with it."""
@@ -155,10 +163,13 @@ class SharedPrefix:
         if key not in texts:
             while len(texts) >= MOST_TEXTS:
                 del texts[next(iter(texts))]
+            call = self._rows_of_call(self.ahead)
+            call["inputs_embeds"] = call["inputs_embeds"][:1]
+            if call["position_ids"].ndim > 2 or len(call["position_ids"]) > 1:
+                call["position_ids"] = call["position_ids"][..., :1, :]
             rows = self.ahead
-            run = self._run(self._rows_of_call(rows), rows[:0], rows, causal(rows), DynamicCache(), 0)
-            texts[key] = run.cache
-        return texts[key]
+            texts[key] = self._run(call, rows[:0], rows[None], causal(rows), DynamicCache(), 0).cache
+        return for_rows(texts[key], self.batch)
 
     def _words_alone(self, keep: frozenset[int]) -> Run:
         """Text between multimodal tokens, in layers that hold text only."""
@@ -166,20 +177,24 @@ class SharedPrefix:
         if not len(rows):
             return Run(rows[None], {}, self.ahead_cache)
         call = self._rows_of_call(rows)
-        return self._run(call, self.ahead, rows, causal(rows), self.ahead_cache, 0, max(keep), keep)
+        return self._run(call, self.ahead, rows[None], causal(rows), self.ahead_cache, 0, max(keep), keep)
 
     def _embedded(self, branches: Sequence[Branches]) -> list[dict[str, Any]]:
         """The stack's arguments for each of `branches`, which the model embeds without the features."""
         texts = [self.sample, *(branch.ids for branch in branches)]
-        call, _ = self._captured({"input_ids": torch.cat(texts)[None]})
-        sample, *embeds = call["inputs_embeds"].split([len(ids) for ids in texts], dim=1)
-        if not torch.equal(sample, self.call["inputs_embeds"][:, len(self.prefix) :]):
+        call, _ = self._captured({"input_ids": torch.cat(texts, dim=1)})
+        sample, *embeds = call["inputs_embeds"].split([ids.shape[1] for ids in texts], dim=1)
+        whole = self.call["inputs_embeds"][:, len(self.prefix) :]
+        if not torch.equal(sample[self.sampled], whole[self.sampled]):
             raise CannotShareError("it embeds a text otherwise where there are features")
-        rows = [len(self.prefix) + branch.depth for branch in branches]
-        return [
-            self._rows_of_call(place) | {"inputs_embeds": own}
-            for place, own in zip(rows, embeds, strict=True)
-        ]
+        calls = []
+        for branch, own in zip(branches, embeds, strict=True):
+            call = self._rows_of_call(self.prefix[:0])
+            positions = self.call["position_ids"]
+            rows = (len(self.prefix) + branch.depth).expand(*positions.shape[:-2], -1, -1)
+            call["position_ids"] = positions.expand(*rows.shape[:-1], -1).gather(-1, rows)
+            calls.append(call | {"inputs_embeds": own})
+        return calls
 
     def _branch_alone(
         self, branch: Branches, call: dict[str, Any], text: DynamicCache, keep: frozenset[int]
@@ -198,9 +213,11 @@ class SharedPrefix:
             states = torch.zeros_like(self.call["inputs_embeds"][:, : len(self.rest)])
             states[:, self.is_word] = words.kept[layer]
         call = self._rows_of_call(self.rest, whole=True)
-        seen = causal(self.rest)
-        cache = self.ahead_cache
-        return self._run(call, self.ahead, self.rest, seen, cache, layer, states=states).cache
+        rows, placed = self.rest, self.is_word
+        run = self._run(
+            call, self.ahead, rows[None], causal(rows), self.ahead_cache, layer, states=states, placed=placed
+        )
+        return run.cache
 
     def _rows_of_call(self, rows: Tensor, whole: bool = False) -> dict[str, Any]:
         """The stack's arguments for positions `rows`; for the `whole` rest, what is added to features too."""
@@ -221,46 +238,44 @@ class SharedPrefix:
         stop: int | None = None,
         keep: frozenset[int] = frozenset(),
         states: Tensor | None = None,
+        placed: Tensor | None = None,
     ) -> Run:
-        """Layers `start` to `stop` - 1 on the rows of `call`, at positions `rows` (R,).
+        """Layers `start` to `stop` - 1 on the rows of `call`, at positions `rows` (B|1, R).
 
-        They see the keys of `cache`, at positions `past`, and of one another what `seen` (R, R) says.
+        They see the keys of `cache`, at positions `past` (P,), and of one another what `seen` (B|1, R, R)
+        says. At layer `start` they become `states`, all of them or those `placed`.
         """
-        earlier = seen.new_ones(len(rows), len(past))
+        count = rows.shape[1]
+        earlier = seen.new_ones(len(rows), count, len(past))
         additive = self.insertion.stack.config._attn_implementation == "eager"
-        windows = self.insertion.windows
-        keys = torch.cat([past, rows])
-        mask = mask_maker(torch.cat([earlier, seen], dim=1), rows, keys, windows, additive)
-        placed = None if states is None else self._placed(states, rows)
-        section = Section(
-            start, self.num_layers if stop is None else stop, mask, states, placed, keep, self.in_tuples
-        )
-        own = shallow_copy(cache)
-        given = {
-            "attention_mask": mask(0, call["inputs_embeds"].dtype),
-            "past_key_values": own,
-            "use_cache": True,
-        }
+        keys = torch.cat([past.expand(len(rows), -1), rows], dim=1)
+        mask = mask_maker(torch.cat([earlier, seen], dim=2), rows, keys, self.insertion.windows, additive)
+        section = Section(start, self.num_layers if stop is None else stop, mask, states, placed, keep)
+        section.in_tuples = self.in_tuples
+        if placed is None:
+            section.placed = seen.new_ones(count)
+        own = for_rows(cache, len(call["inputs_embeds"]))
+        given = {"attention_mask": mask(0, call["inputs_embeds"].dtype), "past_key_values": own}
         with self.insertion.running(section):
-            output = self.stock(**call, **given)
+            output = self.stock(**call, **given, use_cache=True)
         self.in_tuples = section.in_tuples
         return Run(output.last_hidden_state, section.kept, own)
 
-    def _placed(self, states: Tensor, rows: Tensor) -> Tensor:
-        """(R,) bool: which of `rows` are given as `states`, all but those that hold features."""
-        is_word = torch.cat([torch.ones_like(self.ahead, dtype=torch.bool), self.is_word])
-        return torch.where(rows < len(is_word), is_word[rows.clamp(max=len(is_word) - 1)], True)
-
 
 def causal(rows: Tensor) -> Tensor:
-    """(R, R) bool: each of `rows` sees those before it, and itself."""
-    return rows[None, :] <= rows[:, None]
+    """(1, R, R) bool: each of `rows` (R,) sees those before it, and itself."""
+    return (rows[None, :] <= rows[:, None])[None]
 
 
-def shallow_copy(cache: DynamicCache) -> DynamicCache:
-    """A cache that grows on its own; what it holds so far is shared, not copied."""
+def for_rows(cache: DynamicCache, batch: int) -> DynamicCache:
+    """A cache of `batch` rows that grows on its own; what one of one row or as many holds is not copied."""
     own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    own.layers = layers
+    for layer in layers:
+        if layer.is_initialized and len(layer.keys) != batch:
+            layer.keys = layer.keys.expand(batch, -1, -1, -1)
+            layer.values = layer.values.expand(batch, -1, -1, -1)
     return own
 
 

@@ -13,24 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from backbones import Backbone
 from envs.prompts import Prompt
 
 from .runs import describe_machine, save_figure
 from .statistics import mean_interval, paired_interval
 from .timing import Timing, measure_cache, time_variants
+from .variants import Variant
 
 ALL = ""  # the group of all prompts; no source has an empty name
 CACHE_SAMPLE = 16  # prompts of each source whose cache is weighed
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model to judge. `path` is None for `--backbone` itself."""
-
-    name: str
-    path: Path | None
-    backbone: Backbone
 
 
 @dataclass(frozen=True)
@@ -74,17 +65,22 @@ class Comparison:
         groups = by_source(prompts)
         sources = {name: rows for name, rows in groups.items() if name != ALL}
 
-        def some(rows: NDArray[np.int64], count: int) -> list[Prompt]:
-            return [prompts[row] for row in spread(rows, count)]
-
         # With one source its batch would be that of all prompts.
         timed = groups if len(sources) > 1 else {ALL: groups[ALL]}
-        batches = {name: some(rows, batch_size) for name, rows in timed.items()}
-        timings = time_variants([variant.backbone for variant in variants], batches, repeats)
+        batches = {name: spread(rows, batch_size) for name, rows in timed.items()}
+        timings = time_variants(variants, prompts, batches, repeats)
+        weighed = {name: spread(rows, CACHE_SAMPLE) for name, rows in sources.items()}
         caches = [
             {
-                name: np.array(measure_cache(variant.backbone, some(rows, CACHE_SAMPLE)), dtype=np.float64)
-                for name, rows in sources.items()
+                name: np.array(
+                    measure_cache(
+                        variant.backbone,
+                        [prompts[row] for row in rows],
+                        variant.insert_layers[rows].tolist(),
+                    ),
+                    dtype=np.float64,
+                )
+                for name, rows in weighed.items()
             }
             for variant in variants
         ]
@@ -101,8 +97,9 @@ class Comparison:
         return {
             "name": variant.name,
             "path": variant.path,
-            "insert_layer": variant.backbone.insert_layer,
+            "insert_layer": variant.insert_layer,
             "num_layers": variant.backbone.num_layers,
+            **({} if variant.policy is None else {"skip_weight": variant.skip_weight}),
             **self.figures(index, ALL),
             "per_source": {name: self.figures(index, name) for name in self.sources},
         }
@@ -118,6 +115,7 @@ class Comparison:
         measured, formula = self.cache(index, group)
         return {
             "prompts": len(rows),
+            **self.layers(index, rows),
             **self.mean_and_difference("accuracy", mine.correct, first.correct, rows),
             **self.mean_and_difference("loss", mine.losses, first.losses, rows),
             "flops": flops,
@@ -126,6 +124,15 @@ class Comparison:
             "kv_cache_bytes": measured,
             "kv_cache_bytes_formula": formula,
         }
+
+    def layers(self, index: int, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """What a policy chose: mean layer and counts by layer, of the prompts that have an image."""
+        variant = self.variants[index]
+        if variant.policy is None:
+            return {}
+        chosen = variant.insert_layers[[row for row in rows if self.prompts[row].images]]
+        counts = {str(layer): int((chosen == layer).sum()) for layer in variant.policy.insert_layers}
+        return {"mean_insert_layer": chosen.mean() if len(chosen) else None, "histogram": counts}
 
     def mean_and_difference(
         self, name: str, mine: NDArray[np.float64], first: NDArray[np.float64], rows: NDArray[np.int64]
@@ -151,6 +158,8 @@ class Comparison:
             "time_ratio": np.divide(mine.prefill_ms, first.prefill_ms),
             "decode_time_ratio": np.divide(mine.decode_ms, first.decode_ms),
         }
+        if self.variants[index].policy is not None:
+            values["choice_ms"] = np.array(mine.choice_ms)
         found: dict[str, Any] = {"batch_size": mine.batch_size}
         for name, measured in values.items():
             low, median, high = np.quantile(measured, [0.25, 0.5, 0.75])
@@ -185,7 +194,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             (
                 row["name"],
-                f"{row['insert_layer']}/{row['num_layers']}",
+                f"{layer_of(row)}/{row['num_layers']}",
                 f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]",
                 f"{row['loss']:.3f}",
                 f"{row['flops_ratio']:.3f}",
@@ -210,6 +219,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n\n".join(["\n".join(columns(block)) for block in blocks] + [note])
 
 
+def layer_of(row: dict[str, Any]) -> str:
+    """A variant's insert layer, or the mean of those that its policy chose."""
+    if row["insert_layer"] is not None:
+        return str(row["insert_layer"])
+    mean = row["mean_insert_layer"]
+    return "mean -" if mean is None else f"mean {mean:.2f}"
+
+
 def columns(lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of cells as text, the first column to the left and the others to the right."""
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
@@ -230,7 +247,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for row in variants:
         low, high = row["accuracy_interval"]
         error = [[row["accuracy"] - low], [high - row["accuracy"]]]
-        label = f"{row['name']} (layer {row['insert_layer']})"
+        label = f"{row['name']} (layer {layer_of(row)})"
         scatter.errorbar(row["prefill_ms"], row["accuracy"], error, fmt="o", capsize=3, label=label)
     scatter.set(xlabel="measured prefill of a batch (ms)", ylabel="accuracy", title="Accuracy against time")
     scatter.set_xlim(0, 1.1 * max(row["prefill_ms"] for row in variants))

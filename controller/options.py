@@ -15,6 +15,7 @@ COUNTS = {
     "batch_size",
     "batch_tokens",
     "shard_prompts",
+    "seeds",
     "steps",
     "repeats",
     "lora_rank",
@@ -27,6 +28,7 @@ COUNTS = {
     "images",
     "threads",
 }
+WISHES = ("skip_weight", "flops_ratio", "max_loss_increase")
 BENCH_CASES = ("prefill", "decode", "train-full", "train-lora", "rows", "ragged", "mixed")
 MOST_LAYERS = 10_000  # more than any model has; the model's own number is known once it is loaded
 
@@ -106,6 +108,33 @@ def parse_observation(text: str) -> int:
     )
 
 
+def parse_skip_weights(text: str, skip_weight: float) -> tuple[float, float]:
+    """The range of skip weights that `text` names: `"0-2"`, `"none"` for `skip_weight` alone, `"auto"` for 0
+    to twice that (to 1 where it is 0).
+
+    Raises `ValueError` where it is no range of weights, or one without `skip_weight`.
+    """
+    if text == "none":
+        return skip_weight, skip_weight
+    if text == "auto":
+        return 0.0, 2 * skip_weight or 1.0
+    first, _, last = text.partition("-")
+    try:
+        low, high = float(first), float(last)
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and 0 <= low < high):
+        raise ValueError(
+            f'--skip-weight-range {text!r}: give a range of weights such as "0-2", "auto" or "none"'
+        )
+    if not low <= skip_weight <= high:
+        raise ValueError(
+            f"--skip-weight-range {text!r} does not contain --skip-weight {skip_weight}: give a range that "
+            "does, or another --skip-weight"
+        )
+    return low, high
+
+
 def parse_sources(text: str) -> tuple[str, ...] | None:
     """`"coco,gqa"` as `("coco", "gqa")`; an empty text means every source and gives None."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) or None
@@ -140,7 +169,7 @@ class DataOptions:
     sources: str = ""
     """Sources to keep, by the first part of the image path: coco,textvqa,gqa ("text" has no image)."""
     fraction: float = 1.0
-    """Share of the records to keep, drawn with the seed."""
+    """Share of the records to keep, drawn with the seed image by image, with all that is asked about each."""
     max_bad: str = "0.5%"
     """Share of records that may have a missing or broken image before the command stops."""
 
@@ -167,18 +196,33 @@ class SweepOptions(RunOptions, BackboneOptions, DataOptions):
 
 @dataclass(kw_only=True)
 class TrainPolicyOptions(RunOptions, BackboneOptions, DataOptions):
-    """Learn which layer each prompt's multimodal tokens should enter at (SB3 PPO)."""
+    """Learn which layer each prompt's multimodal tokens should enter at, and judge what was learned."""
 
+    algorithm: Literal["ppo", "a2c", "dqn", "full-info"] = "ppo"
+    """PPO (paper), A2C or DQN of stable-baselines3, or the exact policy gradient over the reward table."""
     insert_layers: str = "all"
     """Candidate layers: all, 0-7 or 0,4,8."""
     skip_weight: float = 0.5
-    """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
-    bonus: Literal["depth", "flops"] = "depth"
-    """Skip bonus: depth L/N (paper) or the share of prefill FLOPs saved."""
+    """Weight λ of the skip bonus, where nothing else is asked for: reward = -loss (nats) + λ * bonus."""
+    skip_weight_range: str = "auto"
+    """Weights to be asked for later: "0-2"; "auto" is 0 to twice --skip-weight, "none" that one alone."""
+    bonus: Literal["depth", "flops", "time"] = "depth"
+    """Skip bonus: depth L/N (paper), the share of prefill FLOPs saved, or of measured prefill time."""
+    observation: str = "embeddings"
+    """What to see of a prompt's text: embeddings (paper), or hidden:K, its state after K layers."""
+    observe_image: bool = False
+    """Also see the mean of the projected image features."""
     held_out: float = 0.25
     """Share of images kept for judging the policy."""
-    steps: int = 40_000
-    """Episodes that PPO plays; each is one prompt."""
+    seeds: int = 5
+    """Policies to train and judge, from --seed on; the first of them is saved."""
+    steps: int | None = None
+    """Episodes of each training, one prompt each; by default as many as the algorithm needs."""
+    table: Path | None = None
+    """Folder of a sweep's reward table: what it knows is taken over, what is computed added; by default
+    OUT/table."""
+    batch_tokens: int = 8192
+    """Tokens per forward when losses are computed; bounds the memory."""
 
 
 @dataclass(kw_only=True)
@@ -187,6 +231,14 @@ class RecommendOptions(RunOptions, BackboneOptions):
 
     policy: Path
     """Run folder of train-policy."""
+    skip_weight: float | None = None
+    """Weight λ to ask at, within the range the policy was trained for; by default its own."""
+    flops_ratio: float | None = None
+    """Or: a budget, mean prefill FLOPs against insert layer 0, such as 0.75."""
+    max_loss_increase: float | None = None
+    """Or: nats of mean loss above insert layer 0's that are tolerated, such as 0.02."""
+    table: Path | None = None
+    """Reward table of the data (OUT/table of sweep); by default the policy's, where it holds the prompts."""
     prompt: str | None = None
     """One question to recommend a layer for."""
     image: Path | None = None
@@ -198,7 +250,7 @@ class RecommendOptions(RunOptions, BackboneOptions):
     sources: str = ""
     """Sources to keep, by the first part of the image path."""
     fraction: float = 1.0
-    """Share of the records to keep, drawn with the seed."""
+    """Share of the records to keep, drawn with the seed image by image, with all that is asked about each."""
     max_bad: str = "0.5%"
     """Share of records that may have a missing or broken image before the command stops."""
 
@@ -229,6 +281,12 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
 
     variants: tuple[Path, ...] = ()
     """Run folders of finetune, the baseline first; `--backbone` itself is used where none is given."""
+    insert_layers: str | None = None
+    """Also `--backbone` at these fixed layers, without finetuning: all, 0-7 or 0,4,8."""
+    policy: Path | None = None
+    """Run folder of train-policy: also `--backbone` with each prompt at the layer that it chooses."""
+    skip_weight: float | None = None
+    """Skip weight λ to ask the policy for; by default the one it was made for."""
     max_new_tokens: int = 32
     """Longest answer to generate."""
     timing_repeats: int = 7
@@ -315,8 +373,9 @@ def check(options: Any) -> None:
             raise ValueError(f"{flag(name)} {values[name]}: give at least 1")
     if "cases" in values:
         parse_cases(values["cases"])
-    if "insert_layers" in values and values["insert_layers"].strip() not in ("all", "quarters"):
-        parse_layers(values["insert_layers"], MOST_LAYERS)
+    layers = values.get("insert_layers")
+    if layers is not None and layers.strip() not in ("all", "quarters"):
+        parse_layers(layers, MOST_LAYERS)
     if "shard" in values:
         parse_shard(values["shard"])
     if "max_bad" in values:
@@ -325,15 +384,36 @@ def check(options: Any) -> None:
         raise ValueError(f"--fraction {values['fraction']}: give a share above 0 and at most 1")
     if "held_out" in values and not 0 < values["held_out"] < 1:
         raise ValueError(f"--held-out {values['held_out']}: give a share between 0 and 1")
-    if "skip_weight" in values and not (values["skip_weight"] >= 0 and math.isfinite(values["skip_weight"])):
-        raise ValueError(f"--skip-weight {values['skip_weight']}: give 0 or a positive number")
+    weight = values.get("skip_weight")
+    if weight is not None and not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"--skip-weight {weight}: give 0 or a positive number")
+    if "skip_weight_range" in values:
+        parse_skip_weights(values["skip_weight_range"], values["skip_weight"])
+    for observation in values.get("observation", "embeddings").split(","):
+        parse_observation(observation)
+    if weight is not None and values.get("policy", "") is None:
+        raise ValueError(f"--skip-weight {weight}: it is asked of a policy; give --policy too")
     if "efficiency" in values and not 0 < values["efficiency"] <= 1:
         raise ValueError(f"--efficiency {values['efficiency']}: give a share above 0 and at most 1")
     if "peak_tflops" in values:
         _check_device(values)
     if values.get("insert_layer", 0) < 0:
         raise ValueError(f"--insert-layer {values['insert_layer']}: give 0 (the baseline) or a layer above")
+    if "max_loss_increase" in values:
+        _check_wishes(values)
     _check_paths(values)
+
+
+def _check_wishes(values: dict[str, Any]) -> None:
+    """What is asked of a policy: one wish at most, and a table only for a data set."""
+    wishes = [name for name in WISHES if values[name] is not None]
+    if len(wishes) > 1:
+        raise ValueError(f"{' and '.join(map(flag, wishes))} exclude each other: give one of them")
+    table = values["table"]
+    if table is not None and values["data"] is None:
+        raise ValueError(f"--table {table} goes with --data: it holds the losses of a data set's prompts")
+    if table is not None and not table.is_dir():
+        raise ValueError(f"--table {table}: there is no such folder; give OUT/table of sweep")
 
 
 def _check_device(values: dict[str, Any]) -> None:
@@ -363,15 +443,14 @@ def _check_paths(values: dict[str, Any]) -> None:
             raise ValueError(
                 f"--variants {folder}: no result.json there; give run folders of finished finetunes"
             )
-    if "policy" in values:
+    if "prompt" in values:
         if (values["prompt"] is None) == (data is None):
             raise ValueError("give either --prompt (with --image) or --data")
         if values["image"] is not None and not values["image"].is_file():
             raise ValueError(f"--image {values['image']}: there is no such file")
-        if not (values["policy"] / "policy.json").is_file():
-            raise ValueError(
-                f"--policy {values['policy']}: no policy.json there; give a run folder of train-policy"
-            )
+    policy = values.get("policy")
+    if policy is not None and not (policy / "policy.json").is_file():
+        raise ValueError(f"--policy {policy}: no policy.json there; give a run folder of train-policy")
 
 
 def flag(name: str) -> str:

@@ -1,162 +1,214 @@
-"""Reads and writes `policy.json` and `policy.safetensors`, trusting nothing in them.
+"""Reads and writes a layer policy as `policy.json` and `policy.safetensors`, trusting nothing in them.
 
-Neither format can hold code. What they can hold is nonsense, so every field is checked for presence, type,
-range and finiteness, and every tensor for name, precision, shape and finite values.
+Neither format can hold code. Every field is checked, and every tensor for name, precision, shape and finite
+values, so that a policy from somewhere else can be loaded without running or believing anything of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
+from envs.observations import Normaliser, Observation
+from envs.skip_weights import SkipWeights
+
+from .expectations import Training
+from .frontier import FrontierPoint
+from .json_fields import Fields, parse_object
 from .runs import replacing, write_json
+from .statistics import Interval
+
+if TYPE_CHECKING:
+    from .policy import LayerPolicy
 
 DESCRIPTION = "policy.json"
 WEIGHTS = "policy.safetensors"
+HELD_OUT = "held_out.json"
+"""Beside them in a run folder: the keys of the prompts that training kept for judging."""
+FORMAT = 2
 MAX_JSON_BYTES = 4 * 2**20
 MAX_WEIGHTS_BYTES = 256 * 2**20
+MAX_LAYERS = 4096
+MAX_WIDTH = 2**20
+MAX_SKIP_WEIGHT = 1e9
+MAX_POINTS = 1000
+
+BONUSES = ("depth", "flops", "time")
+ALGORITHMS = ("ppo", "a2c", "dqn", "full-info", "sb3")
+ACTIVATIONS = ("tanh", "relu")
 
 
-class Fields:
-    """The fields of one JSON object, each taken once by a method that checks it.
-
-    Every method raises `ValueError` naming the file and the field; `finish` refuses fields nobody asked for.
-    """
-
-    def __init__(self, path: Path, content: Any, prefix: str = "") -> None:
-        self.path = path
-        self.prefix = prefix
-        if not isinstance(content, dict):
-            self._refuse("", content, "an object")
-        self.content = dict(content)
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        """A whole number from `low` to `high`."""
-        value = self._take(name)
-        if type(value) is not int or not low <= value <= high:
-            self._refuse(name, value, f"a whole number from {low} to {high}")
-        return value
-
-    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-        """A finite number from `low` to `high`."""
-        return self._number(name, self._take(name), low, high)
-
-    def text(self, name: str, longest: int = 1024) -> str:
-        """A string of 1 to `longest` printable characters."""
-        value = self._take(name)
-        if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
-            self._refuse(name, value, f"a printable string of 1 to {longest} characters")
-        return value
-
-    def choice(self, name: str, *choices: str) -> str:
-        """One of `choices`."""
-        value = self._take(name)
-        if not isinstance(value, str) or value not in choices:
-            self._refuse(name, value, " or ".join(map(repr, choices)))
-        return value
-
-    def integers(self, name: str, low: int, high: int, longest: int) -> tuple[int, ...]:
-        """A list of 1 to `longest` whole numbers from `low` to `high`."""
-        values = self._list(name, range(1, longest + 1))
-        for value in values:
-            if type(value) is not int or not low <= value <= high:
-                self._refuse(name, value, f"whole numbers from {low} to {high}")
-        return tuple(values)
-
-    def numbers(
-        self, name: str, length: int, low: float = -math.inf, high: float = math.inf
-    ) -> tuple[float, ...]:
-        """A list of `length` finite numbers from `low` to `high`."""
-        values = self._list(name, range(length, length + 1))
-        return tuple(self._number(name, value, low, high) for value in values)
-
-    def is_null(self, name: str) -> bool:
-        """Whether the field is null; it is then taken."""
-        if name in self.content and self.content[name] is None:
-            self._take(name)
-            return True
-        return False
-
-    def object(self, name: str) -> Fields:
-        """A nested object."""
-        return Fields(self.path, self._take(name), f"{self.prefix}{name}.")
-
-    def texts(self, name: str) -> dict[str, str]:
-        """A nested object of at most 64 strings."""
-        nested = self.object(name)
-        if len(nested.content) > 64:
-            self._refuse(name, f"{len(nested.content)} fields", "at most 64")
-        return {key: nested.text(key) for key in list(nested.content)}
-
-    def finish(self) -> None:
-        """Refuse what was not asked for."""
-        if self.content:
-            self._refuse(next(iter(self.content)), "present", "no such field")
-
-    def _take(self, name: str) -> Any:
-        if name not in self.content:
-            raise ValueError(f"{self.path}: field {self.prefix + name!r} is missing")
-        return self.content.pop(name)
-
-    def _list(self, name: str, lengths: range) -> list[Any]:
-        value = self._take(name)
-        if not isinstance(value, list) or len(value) not in lengths:
-            expected = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-            self._refuse(name, value, f"a list of {expected} numbers")
-        return value
-
-    def _number(self, name: str, value: Any, low: float, high: float) -> float:
-        if type(value) not in (int, float) or not (abs(value) < 1e300 and low <= value <= high):
-            wanted = "a finite number" if (low, high) == (-math.inf, math.inf) else f"{low} to {high}"
-            self._refuse(name, value, wanted)
-        return float(value)
-
-    def _refuse(self, name: str, value: Any, expected: str) -> NoReturn:
-        field = (self.prefix + name).rstrip(".")
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise ValueError(
-            f"{self.path}: {f'field {field!r}' if field else 'content'} is {shown}, not {expected}"
-        )
-
-
-def write_policy_files(
-    folder: str | Path, description: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]
-) -> None:
+def write_policy(policy: LayerPolicy, folder: str | Path) -> None:
     """Write both files atomically, `policy.json` last: it names the SHA-256 of the weights it belongs to."""
+    tensors = {"normaliser.mean": policy.normaliser.mean, "normaliser.std": policy.normaliser.std}
+    for index, (weight, bias) in enumerate(policy.network):
+        tensors[f"network.{index}.weight"] = weight.numpy()
+        tensors[f"network.{index}.bias"] = bias.numpy()
     weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     with replacing(Path(folder) / WEIGHTS) as temporary:
         temporary.write_bytes(weights)
     digest = hashlib.sha256(weights).hexdigest()
-    write_json(Path(folder) / DESCRIPTION, {**description, "weights_sha256": digest})
+    write_json(Path(folder) / DESCRIPTION, {**_description(policy), "weights_sha256": digest})
 
 
-def read_description(folder: str | Path) -> Fields:
-    """The fields of `policy.json`, none of them checked yet.
+def read_policy(folder: str | Path) -> dict[str, Any]:
+    """What `LayerPolicy` is made of, from a folder with its two files.
 
-    Raises `FileNotFoundError` where there is no such file and `ValueError` where it is not a JSON object.
+    Raises `FileNotFoundError` where one is absent and `ValueError`, naming file and field, where their
+    content is not a layer policy.
     """
     path = Path(folder) / DESCRIPTION
-    data = _read(path, MAX_JSON_BYTES)
-    try:
-        content = json.loads(
-            data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_object
+    fields = parse_object(path, _read(path, MAX_JSON_BYTES), "a policy description")
+    _check_format(fields)
+    num_layers = fields.integer("num_layers", 1, MAX_LAYERS)
+    layers = fields.integers("insert_layers", 0, num_layers, num_layers + 1)
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"{path}: field 'insert_layers' {list(layers)} is not ascending")
+    skip_weights = _skip_weights(fields.object("skip_weights"))
+    skip_weight = fields.number("skip_weight", skip_weights.low, skip_weights.high)
+    identity = fields.object("backbone")
+    policy: dict[str, Any] = dict(
+        insert_layers=layers,
+        num_layers=num_layers,
+        skip_weights=skip_weights,
+        skip_weight=skip_weight,
+        bonus=fields.choice("bonus", *BONUSES),
+        algorithm=fields.choice("algorithm", *ALGORITHMS),
+        observation=_observation(fields.object("observation")),
+        backbone_name=identity.text("name", 4096),
+        backbone_fingerprint=identity.text("fingerprint"),
+        table_digest=fields.digest("table_digest"),
+        seed=fields.integer("seed", -(2**63), 2**63),
+        versions=fields.texts("versions"),
+        training=_training(fields.object("training"), layers, skip_weights),
+    )
+    identity.finish()
+    network = fields.object("network")
+    observed = network.integer("observation", 1, MAX_WIDTH)
+    hidden = network.integers("hidden", 1, MAX_WIDTH, 16, shortest=0)
+    policy["activation"] = network.choice("activation", *ACTIVATIONS)
+    network.finish()
+    digest = fields.text("weights_sha256", 64)
+    fields.finish()
+    inputs = observed + skip_weights.feature([skip_weight]).shape[1]
+    tensors = _read_tensors(folder, _shapes(observed, inputs, (*hidden, len(layers))), digest)
+    if not (tensors["normaliser.std"] > 0).all():
+        raise ValueError(f"{Path(folder) / WEIGHTS}: tensor 'normaliser.std' holds a value of 0 or less")
+    policy["normaliser"] = Normaliser(tensors["normaliser.mean"], tensors["normaliser.std"])
+    policy["network"] = tuple(
+        (
+            torch.from_numpy(tensors[f"network.{index}.weight"]),
+            torch.from_numpy(tensors[f"network.{index}.bias"]),
         )
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a policy description in JSON: {error}") from None
-    return Fields(path, content)
+        for index in range(len(hidden) + 1)
+    )
+    return policy
 
 
-def read_tensors(
+def _description(policy: LayerPolicy) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "insert_layers": policy.insert_layers,
+        "num_layers": policy.num_layers,
+        "skip_weights": asdict(policy.skip_weights),
+        "skip_weight": policy.skip_weight,
+        "bonus": policy.bonus,
+        "algorithm": policy.algorithm,
+        "observation": asdict(policy.observation),
+        "backbone": {"name": policy.backbone_name, "fingerprint": policy.backbone_fingerprint},
+        "table_digest": policy.table_digest,
+        "network": {
+            "observation": len(policy.normaliser.mean),
+            "hidden": [len(bias) for _, bias in policy.network[:-1]],
+            "activation": policy.activation,
+        },
+        "training": {
+            "prompts": policy.training.prompts,
+            "loss": policy.training.loss,
+            "flops_ratio": policy.training.flops_ratio,
+            "times": policy.training.times,
+            "best_fixed": policy.training.best_fixed,
+            "advantage": policy.training.advantage,
+            "frontier": [asdict(item) for item in policy.training.frontier],
+        },
+        "seed": policy.seed,
+        "versions": policy.versions,
+    }
+
+
+def _check_format(fields: Fields) -> None:
+    found = fields.content.get("format")
+    if type(found) is int and 0 < found < FORMAT:
+        raise ValueError(
+            f"{fields.path}: field 'format' is {found}, that of an earlier version of this software, which "
+            f"reads {FORMAT}: train the policy again with deepinsert train-policy"
+        )
+    fields.integer("format", FORMAT, FORMAT)
+
+
+def _skip_weights(fields: Fields) -> SkipWeights:
+    low = fields.number("low", 0, MAX_SKIP_WEIGHT)
+    high = fields.number("high", low, MAX_SKIP_WEIGHT)
+    fields.finish()
+    return SkipWeights(low, high)
+
+
+def _observation(fields: Fields) -> Observation:
+    observation = Observation(fields.integer("text_layer", 0, MAX_LAYERS), fields.flag("image"))
+    fields.finish()
+    return observation
+
+
+def _training(fields: Fields, layers: tuple[int, ...], skip_weights: SkipWeights) -> Training:
+    best_fixed = fields.integer("best_fixed", 0, layers[-1])
+    if best_fixed not in layers:
+        raise ValueError(f"{fields.path}: field 'training.best_fixed' {best_fixed} is not one of {layers}")
+    advantage = fields.numbers_or_null("advantage", 3)
+    training = Training(
+        prompts=fields.integer("prompts", 1, 2**63),
+        loss=fields.numbers("loss", len(layers), low=0),
+        flops_ratio=fields.numbers_or_null("flops_ratio", len(layers), low=0),
+        best_fixed=best_fixed,
+        advantage=None if advantage is None else Interval(*advantage),
+        times=fields.numbers_or_null("times", len(layers), low=0),
+        frontier=tuple(_point(item, skip_weights) for item in fields.objects("frontier", MAX_POINTS)),
+    )
+    fields.finish()
+    return training
+
+
+def _point(fields: Fields, skip_weights: SkipWeights) -> FrontierPoint:
+    point = FrontierPoint(
+        skip_weight=fields.number("skip_weight", skip_weights.low, skip_weights.high),
+        loss=fields.number("loss", low=0),
+        loss_increase=fields.number_or_null("loss_increase"),
+        flops_ratio=fields.number_or_null("flops_ratio", low=0),
+        reward=fields.number("reward"),
+    )
+    fields.finish()
+    return point
+
+
+def _shapes(observed: int, inputs: int, outputs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of a network from `inputs` numbers, `observed` of them of the prompt, through layers with
+    `outputs` units."""
+    shapes: dict[str, tuple[int, ...]] = {"normaliser.mean": (observed,), "normaliser.std": (observed,)}
+    for index, (width, units) in enumerate(zip((inputs, *outputs), outputs, strict=False)):
+        shapes[f"network.{index}.weight"] = (units, width)
+        shapes[f"network.{index}.bias"] = (units,)
+    return shapes
+
+
+def _read_tensors(
     folder: str | Path, shapes: Mapping[str, tuple[int, ...]], sha256: str
 ) -> dict[str, NDArray[np.float32]]:
     """The tensors of `policy.safetensors`: exactly those of `shapes`, float32 and finite."""
@@ -193,16 +245,3 @@ def _read(path: Path, most: int) -> bytes:
     if path.stat().st_size > most:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, more than a layer policy's {most}")
     return path.read_bytes()
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice!r} appears twice")
-    return content

@@ -5,7 +5,7 @@ Questions about one image are not independent, so whole images are drawn, not si
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,21 +38,8 @@ def mean_interval(
     Raises `ValueError` for no value, a value that is not finite, lengths that differ, or a `confidence`
     outside (0, 1).
     """
-    array = _checked(values, "values")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence!r}: give a number between 0 and 1, such as 0.95")
-    if samples < 1:
-        raise ValueError(f"samples {samples!r}: give at least one bootstrap sample")
-    sums, counts = _by_cluster(array, clusters)
-    rng = np.random.default_rng(seed)
-    means = []
-    rows = max(1, CHUNK // len(sums))
-    for start in range(0, samples, rows):
-        drawn = rng.integers(len(sums), size=(min(rows, samples - start), len(sums)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+    sums, counts = _by_cluster(_checked(values, "values"), clusters)
+    return _interval(sums, counts, confidence, samples, seed)
 
 
 def paired_interval(
@@ -68,6 +55,59 @@ def paired_interval(
     if len(first) != len(second):
         raise ValueError(f"{len(first)} values of a and {len(second)} of b: paired values need equal lengths")
     return mean_interval(first - second, clusters, confidence, samples, seed)
+
+
+def ratio_interval(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `a` divided by mean of `b` (n each, the same prompts), with its interval, as `mean_interval`.
+
+    Both means are taken of the same draws, since they rise and fall together. Draws in which the mean of `b`
+    is 0 have no ratio and are left out.
+
+    Raises `ValueError` also where the mean of `b` is 0.
+    """
+    numerator, denominator = _checked(a, "a"), _checked(b, "b")
+    if len(numerator) != len(denominator):
+        raise ValueError(
+            f"{len(numerator)} values of a and {len(denominator)} of b: a ratio needs equal lengths"
+        )
+    if denominator.sum() == 0:
+        raise ValueError("the mean of b is 0: there is no ratio")
+    return _interval(
+        _by_cluster(numerator, clusters)[0], _by_cluster(denominator, clusters)[0], confidence, samples, seed
+    )
+
+
+def _interval(
+    above: NDArray[np.float64], below: NDArray[np.float64], confidence: float, samples: int, seed: int
+) -> Interval:
+    """Sum of `above` over sum of `below` (a value of each cluster), with its percentile interval."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence!r}: give a number between 0 and 1, such as 0.95")
+    if samples < 1:
+        raise ValueError(f"samples {samples!r}: give at least one bootstrap sample")
+    ratios = []
+    for drawn in _draws(len(above), samples, seed):
+        divisors = below[drawn].sum(axis=1)
+        defined = divisors != 0
+        ratios.append(above[drawn].sum(axis=1)[defined] / divisors[defined])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
+    return Interval(float(above.sum() / below.sum()), float(low), float(high))
+
+
+def _draws(clusters: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Indices (rows, clusters) drawn with replacement, `samples` rows in all."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK // clusters)
+    for start in range(0, samples, rows):
+        yield rng.integers(clusters, size=(min(rows, samples - start), clusters))
 
 
 def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:

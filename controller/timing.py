@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from backbones import Backbone, CostModel
 from envs.prompts import Prompt
+from envs.time_bonus import WARM_UP, synchronise
 
 from .answers import generation_inputs
 from .runs import progress
+from .variants import Variant
 
-WARM_UP = 1
 DECODE_TOKENS = 8
 
 
@@ -42,33 +44,52 @@ class Timing:
     prefill_ms: list[float]
     decode_ms: list[float]
     """Per new token of the whole batch, mean over a repeat's tokens."""
+    choice_ms: list[float]
+    """In which a policy chose the layers, words and images read included; 0 without one."""
 
 
 def time_variants(
-    variants: Sequence[Backbone],
-    batches: Mapping[str, Sequence[Prompt]],
+    variants: Sequence[Variant],
+    prompts: Sequence[Prompt],
+    batches: Mapping[str, NDArray[Any]],
     repeats: int,
     new_tokens: int = DECODE_TOKENS,
 ) -> dict[str, list[Timing]]:
-    """Time every variant on each named batch of prompts; a list in the order of `variants` for each name.
+    """Time every variant on each named batch, rows of `prompts`, each at the variant's insert layer for it; a
+    list in the order of `variants` for each name.
 
     A repeat goes through all variants, the order turned around each time, so that whatever else slows the
     machine falls on all of them. Warm-up repeats are not counted.
     """
     rounds = [(name, repeat) for name in batches for repeat in range(-WARM_UP, repeats)]
-    inputs: dict[int, dict[str, torch.Tensor]] = {}
+    inputs: list[dict[str, torch.Tensor]] = []
     found: dict[str, list[Timing]] = {}
     for name, repeat in progress(rounds, "timing"):
+        asked = [prompts[row] for row in batches[name]]
         if name not in found:
-            found[name] = [Timing(len(batches[name]), [], []) for _ in variants]
-            inputs = {index: generation_inputs(each, batches[name]) for index, each in enumerate(variants)}
+            found[name] = [Timing(len(asked), [], [], []) for _ in variants]
+            inputs = [generation_inputs(variant.backbone, asked) for variant in variants]
         order = list(range(len(variants)))
         for index in order if repeat % 2 == 0 else reversed(order):
-            forwards = time_forwards(variants[index], inputs[index], new_tokens)
+            variant, timing = variants[index], found[name][index]
+            with variant.backbone.insert_at(variant.insert_layers[batches[name]].tolist()):
+                forwards = time_forwards(variant.backbone, inputs[index], new_tokens)
+            choice = time_choice(variant, asked)
             if repeat >= 0:
-                found[name][index].prefill_ms.append(forwards.milliseconds[0])
-                found[name][index].decode_ms.append(float(np.mean(forwards.milliseconds[1:])))
+                timing.prefill_ms.append(forwards.milliseconds[0])
+                timing.decode_ms.append(float(np.mean(forwards.milliseconds[1:])))
+                timing.choice_ms.append(choice)
     return found
+
+
+def time_choice(variant: Variant, prompts: Sequence[Prompt]) -> float:
+    """Milliseconds in which a policy chooses the layers of a batch, from its words on; 0 without a policy."""
+    if variant.policy is None:
+        return 0.0
+    started = time.perf_counter()
+    variant.policy.layers(variant.backbone, prompts, variant.skip_weight)
+    synchronise(variant.backbone.device)
+    return 1000 * (time.perf_counter() - started)
 
 
 def time_forwards(backbone: Backbone, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Forwards:
@@ -109,29 +130,25 @@ def timed(backbone: Backbone) -> Iterator[Forwards]:
             handle.remove()
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked for; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a `transformers` cache holds."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def measure_cache(backbone: Backbone, prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
-    """Bytes of the cache after the prefill of each prompt alone: measured, and by `CostModel`'s formula."""
+def measure_cache(
+    backbone: Backbone, prompts: Sequence[Prompt], insert_layers: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Bytes of the cache after the prefill of each prompt alone at its insert layer: measured, and by
+    `CostModel`'s formula."""
     costs = CostModel.from_model(backbone.model)
     placeholders = torch.tensor(sorted(backbone.placeholder_ids), device=backbone.device)
     found = []
-    for prompt in prompts:
+    for prompt, layer in zip(prompts, insert_layers, strict=True):
         inputs = generation_inputs(backbone, [prompt])
         multimodal = int(torch.isin(inputs["input_ids"], placeholders).sum())
         text = inputs["input_ids"].shape[1] - multimodal
-        formula = costs.kv_cache_bytes(text, multimodal, backbone.insert_layer)
-        found.append((time_forwards(backbone, inputs, 1).cache_bytes, formula))
+        formula = costs.kv_cache_bytes(text, multimodal, layer)
+        with backbone.insert_at(layer):
+            found.append((time_forwards(backbone, inputs, 1).cache_bytes, formula))
     return found

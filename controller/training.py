@@ -1,4 +1,5 @@
-"""`train-policy`: the reward table of a data set, PPO on it, and an honest judgement on held-out prompts.
+"""`train-policy`: the reward table of a data set, layer policies on it, and an honest judgement on held-out
+prompts.
 
 The paper trains its policy with PPO and shows one reward curve (Figure 9); here the same curve is drawn,
 and the policy stands beside the choices it has to beat.
@@ -6,50 +7,51 @@ and the policy stands beside the choices it has to beat.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import configure
-from tqdm import tqdm
+from numpy.typing import ArrayLike, NDArray
 
 from backbones import load_backbone
 from envs.instructions import split_by_image
-from envs.observations import Normaliser, prompt_embeddings
+from envs.observations import Observation
 from envs.rewards import RewardTable
-from envs.vector_env import InsertLayerVecEnv
 
-from .baselines import PAPER_MEAN_DEPTH, best_fixed_column, judge, nearest_neighbour_columns
+from .baselines import PAPER_MEAN_DEPTH, judge, simple_choices
 from .data import image_prompts
-from .options import TrainPolicyOptions, check, parse_layers
+from .frontier import frontier
+from .learning import isolated_random_state, train_policy
+from .options import TrainPolicyOptions, check, parse_layers, parse_observation, parse_skip_weights
 from .plots import policy_rewards
-from .policy import LayerPolicy, Network, Training
-from .runs import read_result, start_run, write_result
+from .policy import LayerPolicy
+from .policy_files import HELD_OUT
+from .runs import read_result, replacing, start_run, write_json, write_result
 from .statistics import Interval
 
 if TYPE_CHECKING:
+    from backbones import Backbone
     from envs.prompts import Prompt
 
-NUM_ENVS = 256
-ROLLOUT = 2048
+__all__ = ["isolated_random_state", "judge_policy", "run", "train_policy"]
+
 TABLE = "table"
+STATES = "training"
+TIMES = "times.json"
 
 
 def run(options: TrainPolicyOptions) -> dict[str, Any]:
-    """Train a policy, judge it on held-out images, and write everything to the run folder.
+    """Train policies of several seeds, judge them on held-out images, and write everything to the run folder.
 
-    Writes `table/` (the reward table, which a killed run is continued from), `policy.json` with
-    `policy.safetensors`, `progress.csv`, TensorBoard events, `policy_rewards.png` and `result.json`. A
-    finished run is not repeated. Raises `ValueError` where an option cannot be used or the data leave nothing
-    to train on or to judge by, `DatasetError` where they cannot be read.
+    Writes `table/` (the reward table, unless `--table` names another), `policy.json` with
+    `policy.safetensors`, the policy of the first seed (choosing the best by its held-out reward would make
+    that reward a lie), `progress.csv`, TensorBoard events, `policy_rewards.png`, `judgement.md` and
+    `result.json`. What a killed run had computed and learned is continued from. A finished run is not
+    repeated. Raises `ValueError` where an option cannot be used or the data leave nothing to train on or to
+    judge by, `DatasetError` where they cannot be read.
     """
     check(options)
     out = start_run(options)
@@ -58,32 +60,33 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
         print(summary(result))
         return result
     train, held_out, text_only = split_prompts(options)
+    prompts = [*train, *held_out]
     backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
-    layers = parse_layers(options.insert_layers, backbone.num_layers)
-    table = RewardTable(backbone, [*train, *held_out], layers, folder=out / TABLE)
-    table.fill(progress=True)
-    observations = prompt_embeddings(backbone, [*train, *held_out], options.batch_size)
+    table = reward_table(options, backbone, prompts)
+    observation = Observation(parse_observation(options.observation), options.observe_image)
+    observations = observation(backbone, prompts, options.batch_size)
     seen = np.arange(len(table)) < len(train)
-    policy = train_policy(
-        table.subset(seen),
-        observations[seen],
-        skip_weight=options.skip_weight,
-        bonus=options.bonus,
-        steps=options.steps,
-        seed=options.seed,
-        log_folder=out,
-        backbone=(backbone.name, backbone.fingerprint),
-    )
-    judgement = judge_policy(policy, table, observations, seen)
+    policies = train_seeds(options, backbone, table.subset(seen), observations[seen], observation)
+    judgement = judge_policies(policies, table, observations, seen)
+    saved = policies[options.seed]
     advantage = judgement["difference"]["policy_minus_best_fixed"]
-    interval = Interval(advantage["reward"], *advantage["confidence_interval"])
-    policy = replace(policy, training=replace(policy.training, advantage=interval))
-    policy.save(out)
+    saved.training = replace(
+        saved.training,
+        advantage=Interval(advantage["reward"], *advantage["confidence_interval"]),
+        frontier=frontier(saved, table.subset(~seen), observations[~seen]),
+    )
+    saved.table_digest = table.digest
+    unseen = [key for key, trained_on in zip(table.prompt_keys, seen, strict=True) if not trained_on]
+    write_json(out / HELD_OUT, {"prompt_keys": unseen})
+    saved.save(out)
     policy_rewards(out / "progress.csv", out / "policy_rewards.png")
     result = {
+        "algorithm": options.algorithm,
         "skip_weight": options.skip_weight,
+        "skip_weight_range": [saved.skip_weights.low, saved.skip_weights.high],
         "bonus": options.bonus,
-        "insert_layers": layers,
+        "observation": observation.name,
+        "insert_layers": table.insert_layers,
         "num_layers": backbone.num_layers,
         "prompts": {"train": len(train), "held_out": len(held_out), "text_only_left_out": text_only},
         "images": {
@@ -92,7 +95,10 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
         },
         "steps": options.steps,
         **judgement,
+        "training": saved.training,
     }
+    with replacing(out / "judgement.md") as temporary:
+        temporary.write_text(judgement_table(result), "utf-8")
     write_result(out, result)
     print(summary(result))
     return read_result(out)
@@ -111,199 +117,143 @@ def split_prompts(options: TrainPolicyOptions) -> tuple[list[Prompt], list[Promp
     return list(train), list(held_out), text_only
 
 
+def reward_table(options: TrainPolicyOptions, backbone: Backbone, prompts: list[Prompt]) -> RewardTable:
+    """The table of all prompts, filled; for a bonus of time with the times measured in the first start."""
+    layers = parse_layers(options.insert_layers, backbone.num_layers)
+    folder = options.out / TABLE if options.table is None else options.table
+    table = RewardTable(backbone, prompts, layers, batch_tokens=options.batch_tokens, folder=folder)
+    table.fill(progress=True)
+    if options.bonus == "time":
+        from envs.time_bonus import measure_times
+
+        path = Path(options.out) / TIMES
+        if not path.is_file():
+            write_json(path, measure_times(backbone, prompts, layers, options.batch_size, seed=options.seed))
+        table.times = np.array(json.loads(path.read_text("utf-8"))["ratios"])
+    return table
+
+
+def train_seeds(
+    options: TrainPolicyOptions,
+    backbone: Backbone,
+    table: RewardTable,
+    observations: NDArray[np.float32],
+    observation: Observation,
+) -> dict[int, LayerPolicy]:
+    """A policy for each seed. A seed that has finished is not trained again; the first one's log goes to the
+    run folder, the others' to folders beneath."""
+    policies = {}
+    for seed in range(options.seed, options.seed + options.seeds):
+        folder = options.out / STATES / f"seed-{seed}"
+        policies[seed] = train_policy(
+            table,
+            observations,
+            skip_weight=options.skip_weight,
+            skip_weights=parse_skip_weights(options.skip_weight_range, options.skip_weight),
+            bonus=options.bonus,
+            algorithm=options.algorithm,
+            steps=options.steps,
+            seed=seed,
+            log_folder=options.out if seed == options.seed else folder,
+            state=folder / "state.safetensors",
+            observation=observation,
+            backbone=(backbone.name, backbone.fingerprint),
+        )
+    return policies
+
+
+def judge_policy(
+    policy: LayerPolicy, table: RewardTable, observations: ArrayLike, train: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """`judge_policies` for one policy."""
+    return judge_policies({policy.seed: policy}, table, observations, train)
+
+
+def judge_policies(
+    policies: Mapping[int, LayerPolicy],
+    table: RewardTable,
+    observations: ArrayLike,
+    train: NDArray[np.bool_],
+) -> dict[str, Any]:
+    """The policies' most probable layers beside simple choices, on the prompts where the mask `train` (P) is
+    False; see `baselines.judge`. The first policy is the one that counts."""
+    saved = next(iter(policies.values()))
+    values = np.asarray(observations)
+    rewards = table.rewards(saved.skip_weight, saved.bonus)
+    chosen = {seed: policy.columns(values[~train]) for seed, policy in policies.items()}
+    layers = {seed: np.array(saved.insert_layers)[columns] for seed, columns in chosen.items()}
+    judgement = judge(
+        chosen,
+        simple_choices(
+            saved.normaliser(values[train]),
+            rewards[train],
+            table.losses[train],
+            saved.normaliser(values[~train]),
+        ),
+        rewards[train],
+        rewards[~train],
+        saved.insert_layers,
+        [key for key, used in zip(table.image_keys, train, strict=True) if not used],
+    )
+    for row in judgement["seeds"]["each"]:
+        row["mean_insert_layer"] = float(layers[row["seed"]].mean())
+    first = layers[saved.seed]
+    return {
+        "mean_insert_layer": float(first.mean()),
+        "mean_depth": float(first.mean()) / saved.num_layers,
+        "paper_mean_depth": PAPER_MEAN_DEPTH,
+        "histogram": {str(layer): int((first == layer).sum()) for layer in saved.insert_layers},
+        **judgement,
+        "training": saved.training,
+    }
+
+
 def summary(result: dict[str, Any]) -> str:
     """The judgement as a short table: mean reward of each choice on held-out prompts."""
-    lines = [f"{'held-out reward':<24}{'mean':>9}   95 % interval"]
-    for name, row in result["reward"].items():
-        if row is not None:
-            low, high = row["confidence_interval"]
-            label = name.replace("_", " ") + (f" ({row['insert_layer']})" if "insert_layer" in row else "")
-            lines.append(f"{label:<24}{row['reward']:>9.4f}   {low:.4f} to {high:.4f}")
+    lines = [f"{'held-out reward':<28}{'mean':>9}   95 % interval       of the gap"]
+    for label, row in choices(result):
+        low, high = row["confidence_interval"]
+        share = "" if row["share_of_gap"] is None else f"{row['share_of_gap']:>7.0%}"
+        lines.append(f"{label:<28}{row['reward']:>9.4f}   {low:.4f} to {high:.4f}  {share}")
     depth = f"mean insert layer {result['mean_insert_layer']:.2f}, depth {result['mean_depth']:.2f}"
     return "\n".join([*lines, f"{depth} (paper: {result['paper_mean_depth']})", result["verdict"]])
 
 
-def train_policy(
-    table: RewardTable,
-    observations: ArrayLike,
-    *,
-    skip_weight: float = 0.5,
-    bonus: Literal["depth", "flops"] = "depth",
-    steps: int = 40_000,
-    seed: int = 0,
-    log_folder: Path | None = None,
-    backbone: tuple[str, str] = ("none", "none"),
-) -> LayerPolicy:
-    """A layer policy trained by PPO on the P prompts of `table` and their embeddings `observations` (P, D).
-
-    The same arguments give the same policy, bit for bit. With `log_folder`, `progress.csv` and TensorBoard
-    events are written there. `backbone` is the name and fingerprint that the policy is tied to. The
-    policy's `training.advantage` is None until somebody judges it.
-    """
-    normaliser = Normaliser.fit(observations)
-    with isolated_random_state():
-        env = InsertLayerVecEnv(
-            table,
-            normaliser(observations),
-            num_envs=NUM_ENVS,
-            skip_weight=skip_weight,
-            bonus=bonus,
-            seed=seed,
-        )
-        model = ppo(env, seed)
-        model.set_logger(configure_logger(log_folder))
-        model.learn(steps, callback=RewardLog(skip_weight, steps), log_interval=1)
-    rewards = table.rewards(skip_weight, bonus)
-    return LayerPolicy(
-        insert_layers=table.insert_layers,
-        num_layers=table.num_layers,
-        skip_weight=skip_weight,
-        bonus=bonus,
-        normaliser=normaliser,
-        network=network_of(model),
-        backbone_name=backbone[0],
-        backbone_fingerprint=backbone[1],
-        seed=seed,
-        training=Training(
-            prompts=len(table),
-            loss=tuple(table.losses.mean(axis=0).tolist()),
-            flops_ratio=mean_flops_ratio(table),
-            best_fixed=table.insert_layers[best_fixed_column(rewards)],
-            advantage=None,
-        ),
+def judgement_table(result: dict[str, Any]) -> str:
+    """The judgement in Markdown: reward, regret and share of the gap of each choice, and the verdict."""
+    lines = [
+        "| choice | reward (nats) | regret against the oracle | share of the gap from best fixed to oracle |",
+        "|---|---|---|---|",
+    ]
+    for label, row in choices(result):
+        low, high = row["confidence_interval"]
+        less, more = row["regret_interval"]
+        cells = [label, f"{row['reward']:.4f} ({low:.4f} to {high:.4f})"]
+        cells.append(f"{row['regret']:.4f} ({less:.4f} to {more:.4f})")
+        if row["share_of_gap"] is None:
+            cells.append("no gap")
+        else:
+            below, above = row["share_of_gap_interval"]
+            cells.append(f"{row['share_of_gap']:.1%} ({below:.1%} to {above:.1%})")
+        lines.append(f"| {' | '.join(cells)} |")
+    prompts, images = result["prompts"]["held_out"], result["images"]["held_out"]
+    note = (
+        f"Algorithm {result['algorithm']}, skip weight {result['skip_weight']:g}, bonus {result['bonus']}, "
+        f"observation {result['observation']}; {prompts} held-out prompts of {images} images; in brackets "
+        "95 % intervals, bootstrapped over images."
     )
+    return "\n".join([*lines, "", note, "", result["verdict"], ""])
 
 
-def ppo(env: InsertLayerVecEnv, seed: int) -> PPO:
-    """PPO with settings that work for one-step episodes.
-
-    Nothing follows an action, so gamma is 0. A rollout of 2,048 prompts is used for 40 gradient steps, or
-    fewer where the policy has moved far (`target_kl`). Weight decay keeps a policy that sees a few hundred
-    prompts from learning their noise by heart: without it, what it gains on training prompts that have
-    nothing to tell apart it loses on others.
-    """
-    return PPO(
-        "MlpPolicy",
-        env,
-        learning_rate=lambda left: 2e-4 + 1.8e-3 * left,  # `left` falls from 1 to 0
-        n_steps=ROLLOUT // NUM_ENVS,
-        batch_size=512,
-        n_epochs=10,
-        gamma=0.0,
-        gae_lambda=1.0,
-        ent_coef=0.005,
-        target_kl=0.03,
-        policy_kwargs={
-            "net_arch": [64, 64],
-            "activation_fn": torch.nn.Tanh,
-            "optimizer_class": torch.optim.AdamW,
-            "optimizer_kwargs": {"weight_decay": 3.0},
-        },
-        seed=seed,
-        device="cpu",
-    )
-
-
-def network_of(model: PPO) -> Network:
-    """Weights and biases of the actor's linear layers, from observation to logits."""
-    actor = [*model.policy.mlp_extractor.policy_net, model.policy.action_net]
-    return tuple(
-        (module.weight.detach().clone(), module.bias.detach().clone())
-        for module in actor
-        if isinstance(module, torch.nn.Linear)
-    )
-
-
-class RewardLog(BaseCallback):
-    """Logs each rollout's mean reward and its two parts, and shows how far training is.
-
-    `reward/total` = `reward/performance` (mean of -loss, nats) + `reward/bonus` (mean of λ · bonus), for
-    layers drawn from the policy; `policy/insert_layer` is their mean. The reward that PPO sees is relative to
-    layer 0; these are not.
-    """
-
-    def __init__(self, skip_weight: float, steps: int) -> None:
-        super().__init__()
-        self.skip_weight = skip_weight
-        self.bar = tqdm(
-            total=steps, desc="policy (PPO)", mininterval=1.0, unit=" episodes", dynamic_ncols=True
-        )
-        self.episodes: list[tuple[float, float, int]] = []
-
-    def _on_step(self) -> bool:
-        infos = self.locals["infos"]
-        self.episodes += [(info["loss"], info["bonus"], info["insert_layer"]) for info in infos]
-        self.bar.update(min(len(infos), self.bar.total - self.bar.n))
-        return True
-
-    def _on_rollout_end(self) -> None:
-        loss, bonus, layer = np.mean(self.episodes, axis=0)
-        self.episodes.clear()
-        self.logger.record("reward/total", -loss + self.skip_weight * bonus)
-        self.logger.record("reward/performance", -loss)
-        self.logger.record("reward/bonus", self.skip_weight * bonus)
-        self.logger.record("policy/insert_layer", layer)
-
-    def _on_training_end(self) -> None:
-        self.bar.close()
-
-
-def configure_logger(folder: Path | None) -> Any:
-    """SB3's logger, writing `progress.csv` and TensorBoard events to `folder`; silent without one."""
-    if folder is None:
-        return configure(None, [])
-    for events in folder.glob("events.out.tfevents.*"):
-        events.unlink()  # of an earlier start of this run, which TensorBoard would draw over this one
-    return configure(str(folder), ["csv", "tensorboard"])
-
-
-def judge_policy(
-    policy: LayerPolicy, table: RewardTable, observations: np.ndarray, train: np.ndarray
-) -> dict[str, Any]:
-    """The policy's most probable layers beside simple choices, on the prompts where the mask `train` (P) is
-    False; see `baselines.judge`."""
-    rewards = table.rewards(policy.skip_weight, policy.bonus)
-    seen, queries = policy.normaliser(observations[train]), policy.normaliser(observations[~train])
-    chosen = policy.columns(observations[~train])
-    layers = np.array(policy.insert_layers)[chosen]
-    return {
-        "mean_insert_layer": float(layers.mean()),
-        "mean_depth": float(layers.mean()) / policy.num_layers,
-        "paper_mean_depth": PAPER_MEAN_DEPTH,
-        "histogram": {str(layer): int((layers == layer).sum()) for layer in policy.insert_layers},
-        **judge(
-            chosen,
-            nearest_neighbour_columns(seen, rewards[train], queries),
-            rewards[train],
-            rewards[~train],
-            policy.insert_layers,
-            [key for key, used in zip(table.image_keys, train, strict=True) if not used],
-        ),
-        "training": policy.training,
-    }
-
-
-def mean_flops_ratio(table: RewardTable) -> tuple[float, ...] | None:
-    """Mean prefill FLOPs at each candidate against layer 0; None where the table does not know them."""
-    try:
-        return tuple(table.flops_ratio.mean(axis=0).tolist())
-    except LookupError:
-        return None
-
-
-@contextmanager
-def isolated_random_state() -> Iterator[None]:
-    """A block that may seed Python, NumPy and torch as it likes, on one thread, and leaves no trace.
-
-    SB3 seeds all three globally. One thread makes sums come in one order whatever the machine, and is the
-    quickest for networks this small.
-    """
-    python, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            random.setstate(python)
-            np.random.set_state(numpy_state)
+def choices(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each choice of a judgement with its label: the saved policy, the mean of all seeds, then the others."""
+    seeds = result["seeds"]
+    found = []
+    for name, row in result["reward"].items():
+        if row is None:
+            continue
+        label = name.replace("_", " ") + (f" ({row['insert_layer']})" if "insert_layer" in row else "")
+        found.append((f"policy (seed {seeds['saved']})" if name == "policy" else label, row))
+        if name == "policy" and len(seeds["each"]) > 1:
+            found.append((f"policy, mean of {len(seeds['each'])} seeds", seeds["pooled"]))
+    return found

@@ -24,6 +24,8 @@ PUBLIC = {
     "Observation": "observations",
     "prompt_embeddings": "observations",
     "RewardTable": "rewards",
+    "Times": "time_bonus",
+    "measure_times": "time_bonus",
     "InsertLayerEnv": "insert_layer_env",
     "InsertLayerVecEnv": "vector_env",
 }

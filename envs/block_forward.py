@@ -31,13 +31,13 @@ class BlockForward:
         """Model inputs of the prompts `rows` on the backbone's device, padded right, with `labels`."""
         return to_model(encode(self.backbone.processor, self.prompts[rows]), self.backbone.model)
 
-    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int) -> FloatArray:
-        """Loss in nats of each prompt of an encoded block, (rows,)."""
+    def losses(self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]) -> FloatArray:
+        """Loss in nats of each prompt of an encoded block, (rows,), at one layer or one for each."""
         with torch.inference_mode():
             return answer_loss(*self.logits(inputs, insert_layer)).double().cpu().numpy()
 
     def logits(
-        self, inputs: Mapping[str, torch.Tensor], insert_layer: int
+        self, inputs: Mapping[str, torch.Tensor], insert_layer: int | Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (rows, A, V) and labels (rows, A) of an encoded block, from its first answer on."""
         inputs = dict(inputs)

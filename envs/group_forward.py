@@ -1,4 +1,4 @@
-"""Losses of all questions about an image at many insert layers, nothing of them computed twice.
+"""Losses of all questions about some images at many insert layers, nothing of them computed twice.
 
 The backbone is frozen and its attention causal, so questions run as branches of one prefix
 (`backbones.shared_prefix`). Models for which that does not hold run each question by itself.
@@ -6,7 +6,7 @@ The backbone is frozen and its attention causal, so questions run as branches of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,12 @@ from backbones import Backbone
 from backbones.shared_prefix import Branches, CannotShareError, SharedPrefix, Texts
 
 from .block_forward import BlockForward, to_model
-from .group_prompts import GroupPrompts, group_prompts
+from .group_prompts import GroupPrompts, group_prompts, stacked
 from .prompts import IGNORED, Prompt, answer_loss
 from .token_tree import TokenTree, packs, token_tree
 
 MOST_ROWS = 32
-"""Prompts in a batch of those that run by themselves."""
+"""Rows of a batch: images, or prompts of those that run by themselves."""
 
 LEAST_PACK = 256
 """Tokens of questions that run together even where the prefix is short."""
@@ -87,12 +87,14 @@ class GroupForward:
         """
         result = GroupResult.empty(len(prompts), len(insert_layers))
         left = set(range(len(prompts)))
-        for group in group_prompts(self.backbone.processor, prompts):
+        for groups in self._alike(group_prompts(self.backbone.processor, prompts)):
             try:
-                result.put(group.members, self._together(group, insert_layers))
+                found = self._together(groups, insert_layers)
             except CannotShareError as error:
                 self.apart = str(error)
-            else:
+                continue
+            for group, part in zip(groups, found, strict=True):
+                result.put(group.members, part)
                 left -= set(group.members)
         without = [index for index in sorted(left) if not prompts[index].images]
         alone = sorted(left - set(without))
@@ -103,26 +105,50 @@ class GroupForward:
                 result.put(some, self.one_by_one([prompts[index] for index in some], layers))
         return result
 
-    def _together(self, group: GroupPrompts, insert_layers: Sequence[int]) -> GroupResult:
-        backbone = self.backbone
-        shared = SharedPrefix(
-            backbone.model, to_model(group.inputs, backbone.model), group.prefix, self.texts
-        )
+    def _alike(self, groups: Sequence[GroupPrompts]) -> list[list[GroupPrompts]]:
+        """Groups that can be rows of one batch: alike up to their last multimodal token, each in one pack."""
+        batches: list[list[GroupPrompts]] = []
+        open_batches: dict[Hashable, tuple[list[GroupPrompts], int]] = {}
+        for group in groups:
+            size = len(token_tree([text[:-1] for text in group.texts]).ids)
+            batch, widest = open_batches.get(group.layout, ([], 0))
+            widest = max(widest, size)
+            tokens = (len(batch) + 1) * (group.prefix + widest)
+            if size > self._most(group) or not batch or len(batch) == MOST_ROWS or tokens > self.batch_tokens:
+                batch, widest = [], size
+                batches.append(batch)
+            batch.append(group)
+            if size <= self._most(group):
+                open_batches[group.layout] = batch, widest
+        return batches
+
+    def _most(self, group: GroupPrompts) -> int:
+        """Tokens of a pack: many, so that calls are few; not so many that most are masked from others."""
+        return min(self.batch_tokens, max(LEAST_PACK, group.prefix // 2))
+
+    def _together(self, groups: Sequence[GroupPrompts], insert_layers: Sequence[int]) -> list[GroupResult]:
+        """Several groups of one pack each, or one group of many."""
+        backbone, prefix = self.backbone, groups[0].prefix
+        inputs = to_model(stacked([group.inputs for group in groups]), backbone.model)
+        shared = SharedPrefix(backbone.model, inputs, prefix, self.texts)
+        results = [GroupResult.empty(len(group.members), len(insert_layers)) for group in groups]
+        for group, result in zip(groups, results, strict=True):
+            ids = group.inputs["input_ids"][0, :prefix].tolist()
+            result.multimodal_tokens[:] = sum(token in backbone.placeholder_ids for token in ids)
+            begins = [_last_begin(places) for places in group.answers]
+            result.text_tokens[:] = prefix - result.multimodal_tokens + begins
         # The last token of a text is predicted, never read.
-        read = [text[:-1] for text in group.texts]
-        runs = packs(read, min(self.batch_tokens, max(LEAST_PACK, group.prefix // 2)))
-        trees = [token_tree([read[index] for index in run]) for run in runs]
-        answers = [_Answers.of(group, run, tree) for run, tree in zip(runs, trees, strict=True)]
-        result = GroupResult.empty(len(group.members), len(insert_layers))
-        ids = group.inputs["input_ids"][0, : group.prefix].tolist()
-        result.multimodal_tokens[:] = sum(token in backbone.placeholder_ids for token in ids)
-        result.text_tokens[:] = (
-            group.prefix - result.multimodal_tokens + [_last_begin(places) for places in group.answers]
-        )
-        branches = [_branches(tree, shared.prefix.device) for tree in trees]
+        texts = [[text[:-1] for text in group.texts] for group in groups]
+        runs = [packs(each, self._most(group)) for each, group in zip(texts, groups, strict=True)]
+        branches, answers = [], []
+        for pack in range(len(runs[0])):
+            chosen = [run[pack] for run in runs]
+            trees = [token_tree([each[i] for i in own]) for each, own in zip(texts, chosen, strict=True)]
+            branches.append(_branches(trees, shared.prefix.device))
+            answers.append(_Answers.of(groups, chosen, trees))
         for layer, index, states in shared.run(branches, insert_layers):
-            answers[index].judge(shared, states, result, insert_layers.index(layer))
-        return result
+            answers[index].judge(shared, states, results, insert_layers.index(layer))
+        return results
 
     @torch.inference_mode()
     def one_by_one(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
@@ -151,45 +177,61 @@ class GroupForward:
 
 @dataclass(frozen=True)
 class _Answers:
-    """The A labelled tokens of a pack.
+    """The A labelled tokens of B packs.
 
-    `owner` (A,) is each one's prompt in the group, `node` (A,) the place in the tree that predicts it, and
-    `target` (A,) its id.
+    `group` (A,) and `owner` (A,) say whose each one is, the group and the prompt in it; `node` (A,) is the
+    place in the group's tree that predicts it, and `target` (A,) its id.
     """
 
+    group: NDArray[np.int64]
     owner: NDArray[np.int64]
-    node: torch.Tensor
-    target: torch.Tensor
+    node: NDArray[np.int64]
+    target: NDArray[np.int64]
 
     @classmethod
-    def of(cls, group: GroupPrompts, run: Sequence[int], tree: TokenTree) -> _Answers:
+    def of(
+        cls, groups: Sequence[GroupPrompts], chosen: Sequence[Sequence[int]], trees: Sequence[TokenTree]
+    ) -> _Answers:
         labelled = [
-            (owner, path[place - 1], group.texts[owner][place])
-            for owner, path in zip(run, tree.paths, strict=True)
+            (number, owner, path[place - 1], group.texts[owner][place])
+            for number, (group, own, tree) in enumerate(zip(groups, chosen, trees, strict=True))
+            for owner, path in zip(own, tree.paths, strict=True)
             for place in group.answers[owner]
         ]
-        owner, node, target = np.array(labelled, dtype=np.int64).T
-        device = group.inputs["input_ids"].device
-        return cls(owner, torch.from_numpy(node).to(device), torch.from_numpy(target).to(device))
+        return cls(*np.array(labelled, dtype=np.int64).T)
 
-    def judge(self, shared: SharedPrefix, states: torch.Tensor, result: GroupResult, column: int) -> None:
-        """Fill `column` of the owners from the final hidden states (R, D) of the tree."""
+    def judge(
+        self, shared: SharedPrefix, states: torch.Tensor, results: Sequence[GroupResult], column: int
+    ) -> None:
+        """Fill `column` of the owners from the final hidden states (B, R, D) of the trees."""
         losses, best = [], []
-        for node, target in zip(self.node.split(HEAD_ROWS), self.target.split(HEAD_ROWS), strict=True):
-            logits = shared.logits(states[node.to(states.device)])
+        for start in range(0, len(self.node), HEAD_ROWS):
+            some = slice(start, start + HEAD_ROWS)
+            logits = shared.logits(states[self.group[some], self.node[some]])
+            target = torch.from_numpy(self.target[some]).to(logits.device)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses.append(F.cross_entropy(wide, target.to(wide.device), reduction="none").double().cpu())
-            best.append(logits.argmax(dim=-1).cpu())
-        right = torch.cat(best) == self.target.cpu()
-        owners, first, counts = np.unique(self.owner, return_index=True, return_counts=True)
-        sums = np.bincount(self.owner, weights=torch.cat(losses).numpy())
-        result.losses[owners, column] = sums[owners] / counts
-        result.first_tokens[owners, column] = torch.cat(best).numpy()[first]
-        result.greedy[owners, column] = np.bincount(self.owner, weights=~right.numpy())[owners] == 0
+            losses.append(F.cross_entropy(wide, target, reduction="none").double().cpu().numpy())
+            best.append(logits.argmax(dim=-1).cpu().numpy())
+        loss, said = np.concatenate(losses), np.concatenate(best)
+        for number, result in enumerate(results):
+            own = self.group == number
+            owners, first, counts = np.unique(self.owner[own], return_index=True, return_counts=True)
+            wrong = np.bincount(self.owner[own], weights=said[own] != self.target[own])
+            result.losses[owners, column] = np.bincount(self.owner[own], weights=loss[own])[owners] / counts
+            result.first_tokens[owners, column] = said[own][first]
+            result.greedy[owners, column] = wrong[owners] == 0
 
 
-def _branches(tree: TokenTree, device: torch.device) -> Branches:
-    return Branches(*(torch.from_numpy(part).to(device) for part in (tree.ids, tree.depth, tree.seen)))
+def _branches(trees: Sequence[TokenTree], device: torch.device) -> Branches:
+    """Trees of B prefixes, filled up to the size of the largest with tokens that see themselves alone."""
+    most = max(len(tree.ids) for tree in trees)
+    ids = np.full((len(trees), most), trees[0].ids[0])
+    depth = np.zeros((len(trees), most), dtype=np.int64)
+    seen = np.tile(np.eye(most, dtype=np.bool_), (len(trees), 1, 1))
+    for row, tree in enumerate(trees):
+        count = len(tree.ids)
+        ids[row, :count], depth[row, :count], seen[row, :count, :count] = tree.ids, tree.depth, tree.seen
+    return Branches(*(torch.from_numpy(part).to(device) for part in (ids, depth, seen)))
 
 
 def _last_begin(places: Sequence[int]) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.processing_utils import ProcessorMixin
 
 from .chat_text import placeholder_ids_of, plain_tokens, writes_bos
@@ -28,6 +30,14 @@ class GroupPrompts:
     prefix: int
     texts: list[list[int]]
     answers: list[list[int]]
+
+    @property
+    def layout(self) -> Hashable:
+        """Equal for groups that can be rows of one batch: alike but for the values of their features."""
+        shapes = tuple(
+            (name, *value.shape[1:]) for name, value in self.inputs.items() if value.is_floating_point()
+        )
+        return (*self.inputs["input_ids"][0, : self.prefix].tolist(), shapes)
 
 
 def group_prompts(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list[GroupPrompts]:
@@ -58,6 +68,20 @@ def group_prompts(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list[
         prefix = 1 + max(place for place, token in enumerate(ids) if token in placeholders)
         groups.append(GroupPrompts(list(members), inputs, prefix, list(texts), list(answers)))
     return groups
+
+
+def stacked(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Inputs of one row each as those of a batch; rows are padded on the right."""
+    most = max(each["input_ids"].shape[1] for each in inputs)
+    batch = {}
+    for name, first in inputs[0].items():
+        values = [each[name] for each in inputs]
+        if first.shape == inputs[0]["input_ids"].shape:
+            # The last token again, which is no placeholder; the mask tells padding apart.
+            edge = "constant" if name == "attention_mask" else "replicate"
+            values = [F.pad(value, (0, most - value.shape[1]), mode=edge) for value in values]
+        batch[name] = torch.cat(values)
+    return batch
 
 
 def _image_key(image: ImageRef | Image.Image) -> Hashable:

@@ -108,8 +108,8 @@ def load_instructions(
 
     `image_root` defaults to the file's folder. `sources` keeps records by the first folder of their first
     image ("coco", or a longer prefix "coco/train2017"), "text" those without one. `fraction` then keeps that
-    share of them: chosen by `seed` and each record's content, so that neither the file's order nor other
-    records matter, and 0.1 is part of 0.2.
+    share of them, image by image with all records about it (the last image may be cut): chosen by `seed` and
+    content, so that neither the file's order nor other images matter, and 0.1 is part of 0.2.
 
     `image` may be missing, null, a path or a list of paths; `<image>` in a question stands for the next one
     (all come before the first question where none is written; without images the mark is plain text). A
@@ -231,9 +231,14 @@ def _fraction_of(drafts: list[Draft], fraction: float, seed: int) -> list[Draft]
     if fraction == 1 or not drafts:
         return drafts
     count = max(1, round(fraction * len(drafts)))
-    ranked = sorted(
-        drafts, key=lambda draft: (_digest(seed, repr((draft.id, draft.images, draft.said))), draft.index)
-    )
+    content = {draft.index: repr((draft.id, draft.images, draft.said)) for draft in drafts}
+
+    def rank(draft: Draft) -> tuple[bytes, bytes, int]:
+        own = content[draft.index]
+        image = repr(draft.images) if draft.images else own
+        return _digest(seed, image), _digest(seed, own), draft.index
+
+    ranked = sorted(drafts, key=rank)
     return sorted(ranked[:count], key=lambda draft: draft.index)
 
 

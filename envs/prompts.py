@@ -84,6 +84,11 @@ class Prompt:
         ]
 
     @classmethod
+    def to_generate(cls, processor: ProcessorMixin, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Inputs of `generate` for a batch of prompts: padded left, ending where the answers begin."""
+        return encode(processor, prompts, with_answers=False, padding_side="left")
+
+    @classmethod
     def from_question(
         cls, question: str, image: Image.Image | str | Path | None = None, answer: str = ""
     ) -> Prompt:

@@ -7,6 +7,7 @@ One class steps every sub-environment with array operations and runs the backbon
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -18,36 +19,40 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from .insert_layer_env import check_prompt
 from .observations import LIMIT, check_observations
-from .rewards import Bonus, RewardTable, check_skip_weight
+from .rewards import Bonus, RewardTable
+from .skip_weights import SkipWeights
 
 
 class InsertLayerVecEnv(VecEnv):
     """`num_envs` copies of `InsertLayerEnv` on one reward table, in stable-baselines3's vector interface.
 
     `observations` (P, hidden) are normalised already; they are clipped to [-10, 10]. Rewards that the table
-    does not know are computed when needed, in its blocks.
+    does not know are computed when needed, in its blocks. `table` may be a folder with a complete table.
+
+    `skip_weight` is one λ, or the two ends of a range: every episode then draws its own λ, and its features
+    (`SkipWeights.feature`) follow the prompt's in the observation.
 
     With `relative_to_layer_0` a reward is reduced by that of the same prompt at layer 0 (at the shallowest
     candidate where layer 0 is none). This subtracts a constant from each prompt, so no optimum moves, but
     the prompts' difficulty, which no action changes, no longer drowns what an action does.
 
-    Each info holds `prompt`, `prompt_id`, `insert_layer`, `loss` (nats), `bonus` (in [0, 1]) and `reward`,
-    the reward before that shift, beside stable-baselines3's `terminal_observation` and
+    Each info holds `prompt`, `prompt_id`, `skip_weight`, `insert_layer`, `loss` (nats), `bonus` (in [0, 1])
+    and `reward`, the reward before that shift, beside stable-baselines3's `terminal_observation` and
     `TimeLimit.truncated`.
 
     All sub-environments draw from one generator: the same `seed` gives the same prompts in the same order.
-    `seed(s)` takes effect at the next `reset`. `get_state` and `set_state` carry the generator and the
-    prompts in play, for a resume that is equal to the last bit.
+    `seed(s)` takes effect at the next `reset`. `get_state` and `set_state` carry the generator, the prompts
+    in play and their λ, for a resume that is equal to the last bit.
     """
 
     render_mode: str | None = None  # the base class asks for it before it is set
 
     def __init__(
         self,
-        table: RewardTable,
+        table: RewardTable | str | Path,
         observations: ArrayLike,
         num_envs: int = 64,
-        skip_weight: float = 0.5,
+        skip_weight: float | tuple[float, float] | SkipWeights = 0.5,
         bonus: Bonus = "depth",
         relative_to_layer_0: bool = True,
         seed: int | None = 0,
@@ -55,38 +60,45 @@ class InsertLayerVecEnv(VecEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs {num_envs!r}: give at least 1")
         self.render_mode = None
-        self.table = table
-        self.observations = check_observations(observations, len(table))
-        self.insert_layers = np.array(table.insert_layers)
-        self.skip_weight = check_skip_weight(skip_weight)
-        self.bonuses = table.bonus(bonus)
+        self.table = table if isinstance(table, RewardTable) else RewardTable.load(table)
+        self.observations = check_observations(observations, len(self.table))
+        self.insert_layers = np.array(self.table.insert_layers)
+        self.skip_weights = SkipWeights.of(skip_weight)
+        self.bonuses = self.table.bonus(bonus)
         self.relative_to_layer_0 = relative_to_layer_0
         self.num_envs = num_envs  # get_attr, which the base class calls, needs it
         self._rng = np.random.default_rng(seed)
         self._prompts: NDArray[np.int64] = np.zeros(num_envs, dtype=np.int64)
+        self._weights: NDArray[np.float64] = np.full(num_envs, self.skip_weights.low)
         self._actions: NDArray[np.int64] | None = None
         super().__init__(
             num_envs,
-            spaces.Box(-LIMIT, LIMIT, self.observations.shape[1:], np.float32),
+            spaces.Box(
+                -LIMIT,
+                LIMIT,
+                (self.observations.shape[1] + self.skip_weights.features,),
+                np.float32,
+            ),
             spaces.Discrete(len(self.insert_layers)),
         )
 
     def reset(self) -> NDArray[np.float32]:
-        """New prompts for every sub-environment; observations (num_envs, hidden).
+        """New prompts for every sub-environment; observations (num_envs, hidden), with F more for a range.
 
-        `set_options({"prompt": i})` before it chooses a sub-environment's first prompt.
+        `set_options({"prompt": i, "skip_weight": λ})` before it chooses a sub-environment's first episode.
         """
         if self._seeds[0] is not None:
             self._rng = np.random.default_rng([seed for seed in self._seeds if seed is not None])
-        self._prompts = self._draw()
+        self._draw()
         for index, options in enumerate(self._options):
             if options.get("prompt") is not None:
                 self._prompts[index] = check_prompt(options["prompt"], len(self.table))
+            if options.get("skip_weight") is not None:
+                self._weights[index] = self.skip_weights.check(options["skip_weight"])
         self._reset_seeds()
         self._reset_options()
         self._actions = None
-        self.reset_infos = [{"prompt": int(prompt)} for prompt in self._prompts]
-        return self.observations[self._prompts]
+        return self._start()
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         """Take one action (num_envs,) for each prompt in play."""
@@ -104,16 +116,17 @@ class InsertLayerVecEnv(VecEnv):
         """Rewards of the actions taken, and the next prompts' observations: every step ends an episode."""
         if self._actions is None:
             raise RuntimeError("step_wait() without step_async()")
-        prompts, columns, self._actions = self._prompts, self._actions, None
-        loss, bonus, reward = self._rewards(prompts, columns)
+        prompts, weights, columns, self._actions = self._prompts, self._weights, self._actions, None
+        loss, bonus, reward = self._rewards(prompts, weights, columns)
         paid = reward
         if self.relative_to_layer_0:
-            paid = reward - self._rewards(prompts, np.zeros_like(columns))[2]
-        final = self.observations[prompts]
+            paid = reward - self._rewards(prompts, weights, np.zeros_like(columns))[2]
+        final = self.observe(prompts, weights)
         infos = [
             {
                 "prompt": int(prompt),
                 "prompt_id": self.table.prompt_ids[prompt],
+                "skip_weight": float(weights[index]),
                 "insert_layer": int(self.insert_layers[column]),
                 "loss": float(loss[index]),
                 "bonus": float(bonus[index]),
@@ -123,34 +136,55 @@ class InsertLayerVecEnv(VecEnv):
             }
             for index, (prompt, column) in enumerate(zip(prompts, columns, strict=True))
         ]
-        self._prompts = self._draw()
-        self.reset_infos = [{"prompt": int(prompt)} for prompt in self._prompts]
+        self._draw()
         done = np.ones(self.num_envs, dtype=np.bool_)
-        return self.observations[self._prompts], paid.astype(np.float32), done, infos
+        return self._start(), paid.astype(np.float32), done, infos
+
+    def observe(self, prompts: NDArray[np.int64], skip_weights: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Observations (n, hidden + F) of the prompts (n,) under the skip weights (n,)."""
+        seen = self.observations[prompts]
+        if self.skip_weights.single:
+            return seen
+        return np.concatenate([seen, self.skip_weights.feature(skip_weights)], axis=1)
 
     def get_state(self) -> dict[str, Any]:
-        """Generator and prompts in play, fit for JSON; take it between two steps."""
-        return {"rng": self._rng.bit_generator.state, "prompts": self._prompts.tolist()}
+        """Generator, prompts in play and their λ, fit for JSON; take it between two steps."""
+        return {
+            "rng": self._rng.bit_generator.state,
+            "prompts": self._prompts.tolist(),
+            "skip_weights": self._weights.tolist(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> NDArray[np.float32]:
         """Continue where `get_state` was called. Returns the observations of the prompts in play."""
         prompts = [check_prompt(prompt, len(self.table)) for prompt in state["prompts"]]
-        if len(prompts) != self.num_envs:
+        weights = [self.skip_weights.check(weight) for weight in state["skip_weights"]]
+        if not len(prompts) == len(weights) == self.num_envs:
             raise ValueError(f"the state holds {len(prompts)} prompts in play, not {self.num_envs}")
         self._rng.bit_generator.state = state["rng"]
         self._prompts = np.array(prompts, dtype=np.int64)
+        self._weights = np.array(weights)
         self._actions = None
-        return self.observations[self._prompts]
+        return self.observe(self._prompts, self._weights)
 
-    def _draw(self) -> NDArray[np.int64]:
-        return self._rng.integers(len(self.table), size=self.num_envs)
+    def _draw(self) -> None:
+        self._prompts = self._rng.integers(len(self.table), size=self.num_envs)
+        self._weights = self.skip_weights.draw(self._rng, self.num_envs)
+
+    def _start(self) -> NDArray[np.float32]:
+        """Observations of the prompts in play, whose infos are set."""
+        self.reset_infos = [
+            {"prompt": int(prompt), "skip_weight": float(weight)}
+            for prompt, weight in zip(self._prompts, self._weights, strict=True)
+        ]
+        return self.observe(self._prompts, self._weights)
 
     def _rewards(
-        self, prompts: NDArray[np.int64], columns: NDArray[np.int64]
+        self, prompts: NDArray[np.int64], weights: NDArray[np.float64], columns: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         self.table.compute(prompts, columns)
         loss, bonus = self.table.losses[prompts, columns], self.bonuses[prompts, columns]
-        return loss, bonus, -loss + self.skip_weight * bonus
+        return loss, bonus, -loss + weights * bonus
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -61,12 +61,19 @@ def words_of(processor: Any) -> dict[str, Any]:
 
 
 def backbone(name: str, kind: type[PreTrainedModel], config: Any, processor: Any) -> Backbone:
-    """Large random matrices, so that a wrong row shows; answers do not end before their time."""
+    """Large random matrices, so that a wrong row shows; answers are words, and as many as asked for."""
     torch.manual_seed(0)
     model = kind(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim >= 2:
-                weight.mul_(4.0)
+                weight.mul_(8.0)
     model.generation_config.eos_token_id = None
+    words = processor.tokenizer.batch_decode([[token] for token in range(len(processor.tokenizer))])
+    silent = [
+        token
+        for token, word in enumerate(words)
+        if not (word.isascii() and word.isprintable() and word.strip(" <>|"))
+    ]
+    model.generation_config.suppress_tokens = silent + processor.tokenizer.all_special_ids
     return Backbone(model=deep_insert(model), processor=processor, name=name)

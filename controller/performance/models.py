@@ -41,7 +41,11 @@ the last shows in seconds that everything works."""
 
 
 def build_bench_model(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    image_token: int = IMAGE_TOKEN,
+    vocabulary: int = IMAGE_TOKEN + 1,
 ) -> LlavaForConditionalGeneration:
     """The model of that name in `BENCH_MODELS`, in eval mode."""
     size = BENCH_MODELS[name]
@@ -50,7 +54,7 @@ def build_bench_model(
         intermediate_size=size.mlp_width,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        vocab_size=IMAGE_TOKEN + 1,
+        vocab_size=vocabulary,
         max_position_embeddings=8192,
     )
     vision = CLIPVisionConfig(
@@ -61,7 +65,7 @@ def build_bench_model(
         image_size=size.side * PATCH_SIZE,
         patch_size=PATCH_SIZE,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
     torch.manual_seed(0)
     model: Any = LlavaForConditionalGeneration(config).eval()
     return model.to(device, dtype)

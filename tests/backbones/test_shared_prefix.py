@@ -68,7 +68,7 @@ def two_texts(tail):
     seen = torch.block_diag(lower, lower[1:, 1:]).bool()
     seen[count:, 0] = True
     depth = torch.cat([torch.arange(count), torch.arange(1, count)])
-    return other, Branches(torch.cat([tail, other[1:]]), depth, seen)
+    return other, Branches(torch.cat([tail, other[1:]])[None], depth[None], seen[None])
 
 
 def check_branches(family: Family, model, row: int) -> None:
@@ -77,7 +77,7 @@ def check_branches(family: Family, model, row: int) -> None:
     layers = list(range(family.deepest + 1))
     with torch.no_grad():
         shared = SharedPrefix(model, inputs, length, {})
-        found = {layer: shared.logits(states) for layer, _, states in shared.run([branches], layers)}
+        found = {layer: shared.logits(states[0]) for layer, _, states in shared.run([branches], layers)}
     for layer in layers:
         with insert_at(model, layer):
             first = logits_of(model, inputs)[0, length:]
@@ -173,7 +173,7 @@ def test_a_model_is_itself_again_also_after_an_error(shares):
     with torch.no_grad():
         shared = SharedPrefix(model, inputs, length, {})
         list(shared.run([two_texts(tail)[1]], [0, 2]))
-        wrong = Branches(tail, torch.arange(len(tail)), torch.ones(1, 1, dtype=torch.bool))
+        wrong = Branches(tail[None], torch.arange(len(tail))[None], torch.ones(1, 1, 1, dtype=torch.bool))
         with pytest.raises((RuntimeError, ValueError)):
             list(shared.run([wrong], [2]))
         with pytest.raises(CannotShareError, match="last multimodal token"):

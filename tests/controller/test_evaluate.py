@@ -13,12 +13,17 @@ from backbones import Backbone, CostModel, load_backbone
 from controller import evaluate, finetune
 from controller.answers import generation_inputs
 from controller.comparison import by_source, spread
-from controller.evaluate import predict, read_predictions, variant_names
+from controller.evaluate import predict, read_predictions
 from controller.metrics import exact_match
 from controller.options import EvaluateOptions, FinetuneOptions
+from controller.policy import LayerPolicy
 from controller.timing import time_forwards
+from controller.training import train_policy
+from controller.variants import Variant, variant_names
 from envs.instructions import load_instructions
+from envs.observations import Observation
 from envs.prompts import Prompt, encode, prompts_from
+from envs.rewards import RewardTable
 
 FRACTION = 0.5
 LAYERS = (0, 5)
@@ -199,15 +204,15 @@ def test_predictions_are_kept_for_the_same_model_only(
     result: dict[str, Any], options: EvaluateOptions, prompts: list[Prompt], variant: Backbone, tmp_path: Path
 ) -> None:
     path = options.out / "predictions" / "layer-5.jsonl"
-    model = {"model": variant.fingerprint, "insert_layer": 5}
-    rows = read_predictions(path, prompts, model)
+    layers = [5] * len(prompts)
+    rows = read_predictions(path, prompts, variant.fingerprint, layers)
     assert rows is not None and len(rows) == len(prompts)
-    assert read_predictions(path, prompts, {**model, "insert_layer": 4}) is None
-    assert read_predictions(path, prompts, {**model, "model": "other"}) is None
-    assert read_predictions(path, prompts[1:], model) is None
-    assert read_predictions(path, prompts[::-1], model) is None
+    assert read_predictions(path, prompts, variant.fingerprint, [*layers[1:], 4]) is None
+    assert read_predictions(path, prompts, "other", layers) is None
+    assert read_predictions(path, prompts[1:], variant.fingerprint, layers[1:]) is None
+    assert read_predictions(path, prompts[::-1], variant.fingerprint, layers) is None
     before = path.stat().st_mtime_ns
-    kept = predict(path, evaluate.Variant("layer-5", None, variant), prompts, options)
+    kept = predict(path, Variant.fixed("layer-5", None, variant, len(prompts)), prompts, options)
     assert path.stat().st_mtime_ns == before
     assert kept.answers == [row["prediction"] for row in rows]
 
@@ -236,7 +241,111 @@ def test_a_folder_that_is_no_finished_finetune_is_refused(options: EvaluateOptio
         evaluate.run(replace(options, out=tmp_path / "run", variants=(tmp_path / "cut-off",)))
 
 
+@pytest.fixture(scope="module")
+def fewer(rendered_data: Path) -> list[Prompt]:
+    data = load_instructions(rendered_data, sources=("gqa", "text"), fraction=FRACTION, seed=0)
+    return prompts_from(data)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_backbone: Backbone, fewer: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy of the tiny backbone that sends prompts to many layers."""
+    losses = np.random.default_rng(0).gamma(2.0, 0.4, size=(len(fewer), 8))
+    policy = train_policy(
+        RewardTable.from_losses(losses, "all", 8),
+        Observation()(tiny_backbone, fewer),
+        steps=2048,
+        backbone=("tiny", tiny_backbone.fingerprint),
+    )
+    *body, (weight, bias) = policy.network
+    folder = tmp_path_factory.mktemp("policy")
+    replace(policy, network=(*body, (100 * weight, bias))).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(options: EvaluateOptions, policy: Path) -> EvaluateOptions:
+    """The tiny backbone at fixed layers and with the policy, without finetuning."""
+    out = options.out.with_name("frozen")
+    return replace(options, out=out, variants=(), sources="gqa,text", insert_layers="0,5", policy=policy)
+
+
+@pytest.fixture(scope="module")
+def frozen_result(frozen: EvaluateOptions) -> dict[str, Any]:
+    evaluate.run(frozen)
+    return json.loads((frozen.out / "result.json").read_text())
+
+
+def test_a_policy_stands_beside_fixed_layers_of_its_backbone(
+    frozen_result: dict[str, Any], policy: Path, tiny_backbone: Backbone, fewer: list[Prompt]
+) -> None:
+    *fixed, chosen = frozen_result["variants"]
+    assert [row["name"] for row in fixed] == ["fixed:0", "fixed:5"]
+    assert [row["insert_layer"] for row in fixed] == [0, 5] and frozen_result["baseline"] == "fixed:0"
+    assert not any("histogram" in row or "choice_ms" in row for row in fixed)
+    layers = LayerPolicy.load(policy).layers(tiny_backbone, fewer)
+    pictured = [layer for layer, prompt in zip(layers, fewer, strict=True) if prompt.images]
+    assert len(set(pictured)) > 2, "a policy that always says the same would show nothing"
+    assert chosen["name"] == "policy" and chosen["insert_layer"] is None and chosen["skip_weight"] == 0.5
+    assert chosen["mean_insert_layer"] == pytest.approx(np.mean(pictured))
+    assert chosen["histogram"] == {str(layer): pictured.count(layer) for layer in range(8)}
+    assert chosen["per_source"]["text"]["mean_insert_layer"] is None
+    for row in (chosen, *chosen["per_source"].values()):
+        assert row["prefill_ms"] > 0 and row["decode_ms"] > 0 and row["choice_ms"] > 0
+        assert row["kv_cache_bytes"] == pytest.approx(row["kv_cache_bytes_formula"])
+
+
+def test_a_policys_figures_are_those_of_each_prompt_at_its_layer(
+    frozen_result: dict[str, Any], frozen: EvaluateOptions, tiny_backbone: Backbone, fewer: list[Prompt]
+) -> None:
+    rows = rows_of(frozen, "policy")
+    costs = CostModel.from_model(tiny_backbone.model)
+    image = tiny_backbone.tokenizer.convert_tokens_to_ids(tiny_backbone.processor.image_token)
+    flops = []
+    for row, prompt in zip(rows, fewer, strict=True):
+        inputs = generation_inputs(tiny_backbone, [prompt])
+        multimodal = int((inputs["input_ids"] == image).sum())
+        text = inputs["input_ids"].shape[1] - multimodal
+        flops.append(
+            costs.prefill_flops(
+                text, multimodal, row["insert_layer"], images=len(prompt.images), logits_to_keep=1
+            )
+        )
+    chosen, stock = frozen_result["variants"][-1], frozen_result["variants"][0]
+    assert chosen["flops"] == pytest.approx(np.mean(flops))
+    assert chosen["flops_ratio"] == pytest.approx(np.mean(flops) / stock["flops"])
+    first = np.array([row["loss"] for row in rows_of(frozen, "fixed-0")])
+    mine = np.array([row["loss"] for row in rows])
+    assert chosen["loss_difference"] == pytest.approx((mine - first).mean())
+    for row, prompt in list(zip(rows, fewer, strict=True))[::4]:
+        inputs = generation_inputs(tiny_backbone, [prompt])
+        with torch.no_grad(), tiny_backbone.insert_at(row["insert_layer"]):
+            loss = tiny_backbone.model(**encode(tiny_backbone.processor, [prompt])).loss
+            tokens = tiny_backbone.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        assert row["prediction"] == tiny_backbone.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_policy_stands_beside_finetuned_variants(
+    options: EvaluateOptions, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = replace(options, out=tmp_path / "run", sources="gqa", fraction=0.1, policy=policy)
+    found = evaluate.run(few)
+    assert [row["name"] for row in found["variants"]] == ["layer-0", "layer-5", "policy"]
+    assert "mean " in capsys.readouterr().out
+    alone = evaluate.run(replace(few, out=tmp_path / "alone", variants=()))
+    assert [row["name"] for row in alone["variants"]] == ["tiny", "policy"]
+
+
+def test_a_policy_of_another_backbone_is_refused(options: EvaluateOptions, policy: Path) -> None:
+    other = options.variants[1] / "checkpoint"
+    with pytest.raises(ValueError, match="trained on backbone 'tiny'"):
+        evaluate.run(replace(options, out=options.out / "x", variants=(), policy=policy, backbone=str(other)))
+
+
 def test_names_of_variants_differ() -> None:
+    assert variant_names([]) == []
     assert variant_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
     assert variant_names([Path("/a/x"), Path("/b/x"), Path("/b/y")]) == ["a-x", "b-x", "b-y"]
     with pytest.raises(ValueError, match="twice"):

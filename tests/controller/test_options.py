@@ -85,6 +85,8 @@ def test_good_options_pass(data, tmp_path):
     options.check(RecommendOptions(out=tmp_path, policy=tmp_path, data=data))
     options.check(FinetuneOptions(out=tmp_path, data=data, insert_layer=3))
     options.check(EvaluateOptions(out=tmp_path, data=data, variants=(tmp_path, tmp_path)))
+    options.check(EvaluateOptions(out=tmp_path, data=data, policy=tmp_path, skip_weight=0.3))
+    options.check(EvaluateOptions(out=tmp_path, data=data, insert_layers="0,3"))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,13 @@ def test_good_options_pass(data, tmp_path):
         (lambda data: TrainPolicyOptions(out=data, data=data, skip_weight=-1), "--skip-weight -1"),
         (lambda data: TrainPolicyOptions(out=data, data=data, skip_weight=float("inf")), "--skip-weight inf"),
         (lambda data: TrainPolicyOptions(out=data, data=data, held_out=1), "--held-out 1"),
+        (lambda data: TrainPolicyOptions(out=data, data=data, observation="hiden:2"), "--observation"),
         (lambda data: FinetuneOptions(out=data, data=data, insert_layer=-1), "--insert-layer -1"),
         (lambda data: FinetuneOptions(out=data, data=data, steps=0), "--steps 0"),
         (lambda data: EvaluateOptions(out=data, data=data, variants=(data.parent,)), "--variants"),
+        (lambda data: EvaluateOptions(out=data, data=data, policy=data.parent), "--policy .*policy.json"),
+        (lambda data: EvaluateOptions(out=data, data=data, skip_weight=0.1), "--skip-weight 0.1.*--policy"),
+        (lambda data: EvaluateOptions(out=data, data=data, insert_layers="x"), "--insert-layers 'x'"),
         (lambda data: RecommendOptions(out=data, policy=data.parent, prompt="?"), "--policy"),
         (lambda data: RecommendOptions(out=data, policy=data.parent), "--prompt .* or --data"),
         (

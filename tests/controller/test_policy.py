@@ -1,5 +1,6 @@
 """A policy on disk: the same as SB3's, safe to load from anywhere, and refused where it does not belong."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,12 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from controller.algorithms import ppo
+from controller.frontier import FrontierPoint
 from controller.policy import LayerPolicy
-from controller.training import ppo, train_policy
+from controller.statistics import Interval
+from controller.training import train_policy
+from envs.observations import Observation
 from envs.rewards import RewardTable
+from envs.skip_weights import SkipWeights
 
 WIDTH = 12
 LAYERS = (0, 2, 5)
+HUGE = 2**62
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +40,35 @@ def table():
 @pytest.fixture(scope="module")
 def policy(table):
     return train_policy(*table, steps=2048, seed=1, backbone=("tiny", "0123456789abcdef"))
+
+
+POINTS = (
+    FrontierPoint(0.1, 0.3, 0.01, 0.9, -0.2),
+    FrontierPoint(1.0, 0.4, None, None, 0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def ranged(policy):
+    """The policy made one for a range, its network taking λ as well, with every optional field filled."""
+    (weight, bias), *others = policy.network
+    skip_weights = SkipWeights(0.1, 1.0)
+    width = skip_weights.feature([0.1]).shape[1]
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randn(len(bias), width, generator=generator)
+    return dataclasses.replace(
+        policy,
+        skip_weights=skip_weights,
+        bonus="time",
+        algorithm="full-info",
+        observation=Observation(3, True),
+        network=((torch.cat([weight, extra], dim=1), bias), *others),
+        table_digest="00112233aabbccdd",
+        activation="relu",
+        training=dataclasses.replace(
+            policy.training, advantage=Interval(0.1, 0.0, 0.2), times=(1.0, 0.9, 0.7), frontier=POINTS
+        ),
+    )
 
 
 @pytest.fixture
@@ -58,7 +94,7 @@ def rewrite_weights(folder, data):
 def test_probabilities_and_actions_are_those_of_sb3(table, tmp_path, monkeypatch):
     rewards, observations = table
     models = []
-    monkeypatch.setattr("controller.training.ppo", lambda *args: models.append(ppo(*args)) or models[-1])
+    monkeypatch.setattr("controller.algorithms.ppo", lambda *args: models.append(ppo(*args)) or models[-1])
     train_policy(rewards, observations, steps=4096).save(tmp_path)
     loaded = LayerPolicy.load(tmp_path)
     many = np.random.default_rng(1).normal(3.0, 4.0, size=(500, WIDTH))
@@ -71,13 +107,51 @@ def test_probabilities_and_actions_are_those_of_sb3(table, tmp_path, monkeypatch
     assert len(set(actions)) > 1
 
 
-def test_survives_saving(policy, saved, table):
-    loaded = LayerPolicy.load(saved)
+@pytest.mark.parametrize("kind", ["policy", "ranged"])
+def test_survives_saving(kind, table, tmp_path, request):
+    policy = request.getfixturevalue(kind)
+    policy.save(tmp_path)
+    loaded = LayerPolicy.load(tmp_path)
     observations = table[1]
     assert (loaded.probabilities(observations) == policy.probabilities(observations)).all()
-    for name in ("insert_layers", "num_layers", "skip_weight", "bonus", "seed", "training", "versions"):
-        assert getattr(loaded, name) == getattr(policy, name)
+    tensors = ("network", "normaliser", "backbone")
+    for field in dataclasses.fields(LayerPolicy):
+        if field.name not in tensors:
+            assert getattr(loaded, field.name) == getattr(policy, field.name), field.name
     assert (loaded.backbone_name, loaded.backbone_fingerprint) == ("tiny", "0123456789abcdef")
+
+
+def test_skip_weight_is_what_the_network_sees_beside_the_observation(ranged, table):
+    observations = table[1]
+    weights = np.random.default_rng(3).uniform(0.1, 1.0, len(observations))
+    inputs = np.concatenate([ranged.normaliser(observations), ranged.skip_weights.feature(weights)], axis=1)
+    hidden = torch.from_numpy(inputs)
+    for weight, bias in ranged.network[:-1]:
+        hidden = torch.relu(hidden @ weight.T + bias)
+    weight, bias = ranged.network[-1]
+    wanted = torch.softmax(hidden @ weight.T + bias, dim=1)
+    np.testing.assert_allclose(ranged.probabilities(observations, weights), wanted, atol=1e-6, rtol=0)
+    assert ranged.columns(observations, weights).tolist() == wanted.argmax(dim=1).tolist()
+    layers = np.array(LAYERS)[ranged.columns(observations, weights)]
+    assert ranged.act(observations, weights).tolist() == layers.tolist()
+    one = ranged.probabilities(observations, 0.3)
+    assert (one == ranged.probabilities(observations, np.full(len(observations), 0.3))).all()
+    assert not np.allclose(one, ranged.probabilities(observations, 0.9))
+    default = ranged.probabilities(observations)
+    assert (default == ranged.probabilities(observations, ranged.skip_weight)).all()
+
+
+@pytest.mark.parametrize("weight", [0.05, 1.1, float("nan"), [0.5, 2.0]])
+def test_refuses_a_skip_weight_it_was_not_trained_for(ranged, weight):
+    with pytest.raises(ValueError, match=r"skip_weight.*0\.1 to 1"):
+        ranged.probabilities(np.zeros((2, WIDTH)), weight)
+
+
+def test_one_skip_weight_is_all_that_a_policy_for_one_knows(policy):
+    with pytest.raises(ValueError, match=r"skip_weight 0\.7.*0\.5"):
+        policy.probabilities(np.zeros((2, WIDTH)), 0.7)
+    with pytest.raises(ValueError, match="one for each prompt"):
+        policy.probabilities(np.zeros((2, WIDTH)), [0.5, 0.5, 0.5])
 
 
 def test_probabilities_do_not_depend_on_the_other_prompts(policy, table):
@@ -124,13 +198,11 @@ def set_field(name, value):
     return pytest.param(change, name, id=f"{name}={str(value)[:20]}")
 
 
-HUGE = 2**62
-
-
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        set_field("format", 2),
+        set_field("format", 1),
+        set_field("format", 3),
         set_field("format", True),
         set_field("num_layers", 0),
         set_field("num_layers", 6.0),
@@ -145,6 +217,27 @@ HUGE = 2**62
         set_field("skip_weight", "0.5"),
         set_field("skip_weight", None),
         set_field("skip_weight", 10**400),
+        set_field("skip_weight", 0.05),
+        set_field("skip_weight", 1.5),
+        set_field("skip_weights", [0.1, 1]),
+        set_field("skip_weights.low", -0.1),
+        set_field("skip_weights.low", True),
+        set_field("skip_weights.high", 0.05),
+        set_field("skip_weights.high", 1e12),
+        set_field("skip_weights.step", 0.1),
+        set_field("algorithm", "sac"),
+        set_field("algorithm", None),
+        set_field("observation", "embeddings"),
+        set_field("observation.text_layer", -1),
+        set_field("observation.text_layer", HUGE),
+        set_field("observation.text_layer", True),
+        set_field("observation.image", 1),
+        set_field("observation.image", "true"),
+        set_field("observation.audio", False),
+        set_field("table_digest", ""),
+        set_field("table_digest", "0011"),
+        set_field("table_digest", "g" * 16),
+        set_field("table_digest", 1122334455667788),
         set_field("bonus", "money"),
         set_field("bonus", ["depth"]),
         set_field("backbone", "tiny"),
@@ -164,6 +257,27 @@ HUGE = 2**62
         set_field("training.flops_ratio", [1, 1, -1]),
         set_field("training.best_fixed", 1),
         set_field("training.advantage", [0.1]),
+        set_field("training.times", [1.0, 0.9]),
+        set_field("training.times", [1.0, 0.9, -0.1]),
+        set_field("training.times", 1.0),
+        set_field("training.frontier", None),
+        set_field("training.frontier", {"0": 1}),
+        set_field("training.frontier", [1]),
+        set_field("training.frontier", [{}] * 1001),
+        *(
+            set_field("training.frontier", [dict(dataclasses.asdict(POINTS[0]), **changed)])
+            for changed in (
+                {"skip_weight": 0.05},
+                {"skip_weight": 2.0},
+                {"loss": -1.0},
+                {"loss": None},
+                {"loss_increase": "0"},
+                {"flops_ratio": -0.5},
+                {"reward": None},
+                {"reward": 10**400},
+                {"regret": 0.1},
+            )
+        ),
         set_field("training.surprise", 1),
         set_field("seed", "0"),
         set_field("versions", ["torch"]),
@@ -173,15 +287,37 @@ HUGE = 2**62
         set_field("__class__", "os.system"),
     ],
 )
-def test_refuses_a_description_with_a_bad_field(saved, change, field):
-    rewrite(saved, change)
+def test_refuses_a_description_with_a_bad_field(ranged, tmp_path, change, field):
+    ranged.save(tmp_path)
+    rewrite(tmp_path, change)
     with pytest.raises(ValueError, match="policy.json.*" + field.split(".")[-1]):
+        LayerPolicy.load(tmp_path)
+
+
+def test_an_earlier_format_is_refused_with_what_to_do(saved):
+    rewrite(saved, lambda content: content.update(format=1))
+    with pytest.raises(ValueError, match=r"'format' is 1.*earlier version.*train the policy again"):
         LayerPolicy.load(saved)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["format", "insert_layers", "backbone", "network", "training", "seed", "versions", "weights_sha256"],
+    [
+        "format",
+        "insert_layers",
+        "skip_weights",
+        "skip_weight",
+        "bonus",
+        "algorithm",
+        "observation",
+        "backbone",
+        "table_digest",
+        "network",
+        "training",
+        "seed",
+        "versions",
+        "weights_sha256",
+    ],
 )
 def test_refuses_a_description_without_a_field(saved, name):
     rewrite(saved, lambda content: content.pop(name) and None)
@@ -201,7 +337,7 @@ def test_refuses_a_description_without_a_field(saved, name):
         b"[" * 200_000,
         b'{"format": ' + b"9" * 10_000 + b"}",
         b'{"format": NaN}',
-        b'{"format": 1, "format": 1}',
+        b'{"format": 2, "format": 2}',
         b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
         b" " * (5 * 2**20),
     ],

@@ -8,49 +8,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from synthetic_tables import LAYERS, clustered_table, constant_table, structureless_table
 
 from controller.options import TrainPolicyOptions
 from controller.policy import LayerPolicy
 from controller.training import isolated_random_state, judge_policy, run, train_policy
 from envs.rewards import RewardTable
 
-LAYERS = 8
 SKIP_WEIGHT = 0.5
 STEPS = 20_480
-
-
-def difficulty(rng, prompts):
-    """Losses in nats that differ between prompts whatever the layer: what a policy must see through."""
-    return rng.gamma(2.0, 0.4, size=(prompts, 1))
-
-
-def constant_table(seed=0, prompts=400):
-    """One layer, 5, is the best for every prompt, by 0.06 nats or more."""
-    rng = np.random.default_rng(seed)
-    cliff = 0.2 * np.maximum(0, np.arange(LAYERS) - 5)
-    table = RewardTable.from_losses(difficulty(rng, prompts) + cliff, range(LAYERS), LAYERS)
-    return table, rng.normal(size=(prompts, 16))
-
-
-def clustered_table(seed=0, prompts=800, width=32):
-    """Four kinds of prompt, told apart by their embeddings, bear layers up to 1, 3, 5 and 7."""
-    rng = np.random.default_rng(seed)
-    kind = rng.integers(4, size=prompts)
-    centres = rng.normal(size=(4, width))
-    bears = np.array([1, 3, 5, 7])[kind, None]
-    losses = difficulty(rng, prompts) + 0.2 * np.maximum(0, np.arange(LAYERS) - bears)
-    losses += 0.01 * rng.random(losses.shape)
-    images = [f"{index // 2}.png" for index in range(prompts)]
-    table = RewardTable.from_losses(losses, range(LAYERS), LAYERS, image_keys=images)
-    return table, centres[kind] + 0.7 * rng.normal(size=(prompts, width))
-
-
-def structureless_table(seed=0, prompts=1600):
-    """Layer 3 is the best on average; what else differs between prompts, nothing in them foretells."""
-    rng = np.random.default_rng(seed)
-    losses = difficulty(rng, prompts) + 0.15 * np.maximum(0, np.arange(LAYERS) - 3)
-    losses += 0.03 * rng.random(losses.shape)
-    return RewardTable.from_losses(losses, range(LAYERS), LAYERS), rng.normal(size=(prompts, 16))
 
 
 def train_on_first(table, observations, **options):

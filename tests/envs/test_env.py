@@ -105,7 +105,7 @@ def test_the_backbone_s_own_losses_are_paid(tiny_backbone, prompts):
         for action in (1, 0):
             observation, info = env.reset(options={"prompt": index})
             np.testing.assert_array_equal(observation, normal[index])
-            assert info == {"prompt": index, "prompt_id": prompts[index].id}
+            assert info == {"prompt": index, "prompt_id": prompts[index].id, "skip_weight": 0.25}
             terminal, reward, terminated, truncated, info = env.step(action)
             np.testing.assert_array_equal(terminal, observation)
             assert (reward, terminated, truncated) == (rewards[index, action], True, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,6 +206,22 @@ def test_fraction_after_sources_does_not_depend_on_other_sources(root: Path) -> 
     alone = load_instructions(written(root, coco), sources=("coco",), fraction=0.25)
     mixed = load_instructions(written(root, text + coco), sources=("coco",), fraction=0.25)
     assert len(alone) == 10 and {item.id for item in alone} == {item.id for item in mixed}
+
+
+def test_fraction_keeps_all_that_is_asked_about_an_image(root: Path) -> None:
+    items = [
+        record(f"{image}-{turn}", f"coco/{image}.jpg", human(f"<image>\n{turn}?"), gpt("Yes"))
+        for turn in range(5)
+        for image in range(40)
+    ]
+    for image in range(40):
+        Image.new("RGB", (8, 8)).save(root / f"coco/{image}.jpg")
+    kept = load_instructions(written(root, items), fraction=0.25)
+    counts = Counter(item.image_key for item in kept)
+    assert len(kept) == 50 and set(counts.values()) == {5}
+    more = load_instructions(written(root, items), fraction=0.26)
+    assert sorted(Counter(item.image_key for item in more).values()) == [2, *[5] * 10]
+    assert {item.id for item in kept} < {item.id for item in more}
 
 
 # Faults of structure.

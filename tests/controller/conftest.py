@@ -1,0 +1,94 @@
+"""A policy over a range of skip weights whose every number can be checked, for tests of what it is asked."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from controller.expectations import Training
+from controller.frontier import frontier
+from controller.policy import LayerPolicy
+from envs.observations import Normaliser, Observation
+from envs.rewards import RewardTable
+from envs.skip_weights import SkipWeights
+
+LAYERS = 8
+
+
+def graded_table(seed, prompts=600, noise=0.01, observed=16, costs=(0.05, 0.2, 0.5, 1.2)):
+    """Four kinds of prompt mind depth differently: loss rises by `cost * depth ** 2`, so that skip weight λ
+    is best spent at depth λ / (2 cost). Two questions share an image. Returns table and observations."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(len(costs), size=prompts)
+    depth = np.arange(LAYERS) / LAYERS
+    losses = rng.gamma(2.0, 0.4, size=(prompts, 1)) + np.array(costs)[kind, None] * depth**2
+    losses += noise * rng.random(losses.shape)
+    flops = 100 * (1 - 0.9 * depth) + np.zeros((prompts, 1))
+    images = [f"{seed}-{index // 2}.png" for index in range(prompts)]
+    centres = np.random.default_rng(99).normal(size=(len(costs), observed))
+    observations = centres[kind] + 0.3 * rng.normal(size=(prompts, observed))
+    table = RewardTable.from_losses(losses, range(LAYERS), LAYERS, flops=flops, image_keys=images)
+    return table, observations
+
+
+def fit_policy(table, observations, skip_weights, backbone=("none", "none"), steps=400):
+    """A policy that climbs the exact mean reward of `table` at skip weights drawn from the range."""
+    normaliser = Normaliser.fit(observations)
+    rng = np.random.default_rng(0)
+    seen = normaliser(observations)
+    width = seen.shape[1] + skip_weights.feature([skip_weights.low]).shape[1]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, width), (len(table.insert_layers), 64)]
+    layers = [
+        (torch.randn(shape, generator=generator) / shape[1] ** 0.5, torch.zeros(shape[0])) for shape in shapes
+    ]
+    parameters = [part.requires_grad_() for layer in layers for part in layer]
+    optimiser = torch.optim.Adam(parameters, lr=0.01)
+    losses, bonus = torch.tensor(table.losses), torch.tensor(table.bonus("depth"))
+    for _ in range(steps):
+        weights = skip_weights.draw(rng, len(table))
+        inputs = torch.from_numpy(np.concatenate([seen, skip_weights.feature(weights)], axis=1))
+        hidden = torch.tanh(inputs @ layers[0][0].T + layers[0][1])
+        chances = torch.softmax(hidden @ layers[1][0].T + layers[1][1], dim=1)
+        rewards = -losses + torch.tensor(weights)[:, None] * bonus
+        loss = -(chances * (rewards - rewards.mean(dim=1, keepdim=True))).sum(dim=1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return LayerPolicy(
+        insert_layers=table.insert_layers,
+        num_layers=table.num_layers,
+        skip_weights=skip_weights,
+        skip_weight=skip_weights.high,
+        bonus="depth",
+        algorithm="full-info",
+        observation=Observation(),
+        normaliser=normaliser,
+        network=tuple((weight.detach(), bias.detach()) for weight, bias in layers),
+        backbone_name=backbone[0],
+        backbone_fingerprint=backbone[1],
+        table_digest="0" * 16,
+        seed=0,
+        training=Training.from_table(table, skip_weights.high, "depth"),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_graded_table():
+    """`graded_table`, for tests that need another seed or size."""
+    return graded_table
+
+
+@pytest.fixture(scope="session")
+def fit():
+    """`fit_policy`, for tests that bring their own table."""
+    return fit_policy
+
+
+@pytest.fixture(scope="session")
+def graded_policy():
+    """A policy for skip weights 0 to 1 on the graded table of seed 0, its frontier measured on seed 1."""
+    policy = fit_policy(*graded_table(0), SkipWeights(0.0, 1.0))
+    points = frontier(policy, *graded_table(1))
+    return dataclasses.replace(policy, training=dataclasses.replace(policy.training, frontier=points))
