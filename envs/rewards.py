@@ -331,7 +331,7 @@ class RewardTable:
             if not self._noted:
                 self._files.write_prompts(prompt_columns(self))
                 self._noted = True
-            self._files.write("added", columns_of(self, self._to_add))
+            self._files.write("added", columns_of(self, *np.nonzero(self._to_add)))
             self._files.complete()
             self._to_add[:] = False
         self._added = time.monotonic()
@@ -342,7 +342,7 @@ class RewardTable:
             raise ValueError("a subset is not saved by itself: save the table that it is a part of")
         files = RewardFiles(folder, self.origin)
         files.write_prompts(prompt_columns(self))
-        files.write("added", columns_of(self, ~np.isnan(self.losses)))
+        files.write("added", columns_of(self, *np.nonzero(~np.isnan(self.losses))))
         files.complete()
 
     @classmethod
