@@ -36,7 +36,8 @@ class Section:
         """Decoder layer `index`, whose hidden states are its argument `first`."""
         hidden = call.pop(first)
         if index == self.start and self.states is not None and self.placed is not None:
-            hidden = torch.where(self.placed[:, None], self.states.to(hidden.device), hidden)
+            placed = self.placed.to(hidden.device)
+            hidden = torch.where(placed[:, None], self.states.to(hidden.device), hidden)
         if index in self.keep:
             self.kept[index] = hidden
         if not self.start <= index < self.stop:

@@ -1,0 +1,18 @@
+"""Fills docs/controller.md: `python scripts/controller_study.py --data easy_vqa/train.json --out runs/study`.
+
+Sweep, policies of every algorithm, ablations, recommendation and evaluation; what is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from controller.study import ControllerStudyOptions, run
+
+if __name__ == "__main__":
+    run(tyro.cli(ControllerStudyOptions, description=__doc__))
