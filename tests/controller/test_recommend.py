@@ -386,5 +386,5 @@ def test_options_are_checked_before_anything_is_loaded(policy_folder, rendered_d
         options = {"table": tmp_path / options["table"]}
     with pytest.raises(ValueError, match=said):
         check(RecommendOptions(out=tmp_path, policy=policy_folder, data=rendered_data, **options))
-    with pytest.raises(ValueError, match="--table .* goes with --data"):
+    with pytest.raises(ValueError, match=r"--table .* goes with --data"):
         check(RecommendOptions(out=tmp_path, policy=policy_folder, prompt="What?", table=tmp_path))
