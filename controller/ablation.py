@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from backbones import load_backbone
 from envs.observations import Observation
 
+from .baselines import FEW_IMAGES
 from .options import TrainPolicyOptions, check, parse_observation
 from .runs import read_result, replacing, start_run, write_json, write_result
 from .statistics import paired_interval
@@ -182,16 +183,23 @@ def table_of(result: dict[str, Any]) -> str:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One sentence on whether any observation was worth more than the first."""
+    """One sentence on whether any observation was worth more than the first, or less."""
     first, *others = result["observations"]
     better = [row for row in others if row["difference_interval"][0] > 0]
-    if not better:
-        return f"No observation earns more than {first['observation']} that could be told from chance."
-    best = max(better, key=lambda row: row["difference"])
-    return (
-        f"{len(better)} of {len(others)} observations earn more than {first['observation']}; most does "
-        f"{best['observation']} ({best['difference']:+.4f} nats)."
-    )
+    worse = [row for row in others if row["difference_interval"][1] < 0]
+    if better:
+        best = max(better, key=lambda row: row["difference"])
+        sentence = (
+            f"{len(better)} of {len(others)} observations earn more than {first['observation']}; most does "
+            f"{best['observation']} ({best['difference']:+.4f} nats)"
+        )
+    else:
+        sentence = f"No observation earns more than {first['observation']} that could be told from chance"
+    if worse:
+        sentence += f"; less: {', '.join(row['observation'] for row in worse)}"
+    if (images := result["images"]["held_out"]) < FEW_IMAGES:
+        sentence += f"; with only {images} held-out images this says little"
+    return sentence + "."
 
 
 def reward_of(row: dict[str, Any]) -> str:

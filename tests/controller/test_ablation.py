@@ -86,15 +86,21 @@ def test_finished_observations_are_kept(result, options, monkeypatch):
     assert (options.out / "result.json").stat().st_mtime_ns == before
 
 
-def test_an_observation_that_earns_more_is_named(result):
-    assert "No observation earns more than embeddings" in ablation.verdict(
-        {"observations": [row | {"difference_interval": [-1, 1]} for row in result["observations"]]}
-    )
-    first, second, *rest = result["observations"]
-    better = second | {"difference": 0.25, "difference_interval": [0.1, 0.4]}
-    same = [row | {"difference_interval": [-1, 1]} for row in rest]
-    said = ablation.verdict({"observations": [first, better, *same]})
-    assert "1 of 3" in said and "hidden:2 (+0.2500" in said
+def test_the_verdict_names_what_can_be_told_from_chance(result):
+    first, second, third, fourth = result["observations"]
+
+    def said(*intervals, images=40):
+        rows = [
+            row | {"difference": sum(interval) / 2, "difference_interval": interval}
+            for row, interval in zip((second, third, fourth), intervals, strict=True)
+        ]
+        return ablation.verdict({"observations": [first, *rows], "images": {"held_out": images}})
+
+    none = said([-1, 1], [-1, 1], [-1, 1])
+    assert none == "No observation earns more than embeddings that could be told from chance."
+    mixed = said([0.1, 0.4], [-0.4, -0.1], [-1, 1], images=12)
+    assert "1 of 3" in mixed and "hidden:2 (+0.2500" in mixed
+    assert "less: embeddings+image" in mixed and "only 12 held-out images" in mixed
 
 
 def test_what_cannot_be_compared_is_refused(options, tmp_path):

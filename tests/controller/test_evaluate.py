@@ -254,6 +254,7 @@ def policy(tiny_backbone: Backbone, fewer: list[Prompt], tmp_path_factory: pytes
     policy = train_policy(
         RewardTable.from_losses(losses, "all", 8),
         Observation()(tiny_backbone, fewer),
+        skip_weights=(0.0, 4.0),
         steps=2048,
         backbone=("tiny", tiny_backbone.fingerprint),
     )
@@ -334,8 +335,13 @@ def test_a_policy_stands_beside_finetuned_variants(
     found = evaluate.run(few)
     assert [row["name"] for row in found["variants"]] == ["layer-0", "layer-5", "policy"]
     assert "mean " in capsys.readouterr().out
-    alone = evaluate.run(replace(few, out=tmp_path / "alone", variants=()))
+    alone = evaluate.run(replace(few, out=tmp_path / "alone", variants=(), skip_weight=4.0))
     assert [row["name"] for row in alone["variants"]] == ["tiny", "policy"]
+    asked = [each["variants"][-1] for each in (found, alone)]
+    assert [row["skip_weight"] for row in asked] == [0.5, 4.0]
+    assert asked[0]["histogram"] != asked[1]["histogram"], "λ must reach the policy"
+    with pytest.raises(ValueError, match=r"skip_weight 5\.0 is outside 0 to 4"):
+        evaluate.run(replace(few, out=tmp_path / "outside", variants=(), skip_weight=5.0))
 
 
 def test_a_policy_of_another_backbone_is_refused(options: EvaluateOptions, policy: Path) -> None:
