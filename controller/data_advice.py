@@ -186,8 +186,8 @@ def policy_beside(
         beside = f"On {where}, choosing a layer for each prompt earned more ({figures})."
         if len(set(clusters)) < FEW_IMAGES <= fixed.images:
             doubts.append(
-                f"that choosing a layer for each prompt earns more rests on {len(set(clusters))} images, which "
-                "says little"
+                f"that choosing a layer for each prompt earns more rests on {len(set(clusters))} images, "
+                "which says little"
             )
     else:
         beside = f"On {where}, choosing a layer for each prompt did not beat it ({figures})."
