@@ -34,6 +34,7 @@ from controller.runs import machine, replacing, start_run, write_json, write_res
 from envs.block_forward import BlockForward
 from envs.group_forward import GroupForward
 from envs.instructions import load_instructions
+from envs.prompt_keys import prompt_groups
 from envs.prompts import Prompt, prompts_from
 from envs.rendering import render_instructions
 
@@ -160,6 +161,8 @@ def measure(case: Case, options: TableBenchOptions) -> dict[str, Any]:
     """Both arms on all candidate layers: times of paired rounds, FLOPs, and how far their losses differ."""
     layers = list(range(case.backbone.num_layers))
     forward = GroupForward(case.backbone)
+    prompts = list(chain.from_iterable(case.groups))
+    blocks = [[prompts[index] for index in group] for group in prompt_groups(prompts)]
 
     def independent() -> np.ndarray:
         found = []
@@ -170,7 +173,7 @@ def measure(case: Case, options: TableBenchOptions) -> dict[str, Any]:
         return np.concatenate(found)
 
     def shared() -> np.ndarray:
-        return np.concatenate([forward.run(group, layers).losses for group in case.groups])
+        return np.concatenate([forward.run(block, layers).losses for block in blocks])
 
     flops, losses = zip(*(counted(work) for work in (independent, shared)), strict=True)
     if forward.apart:

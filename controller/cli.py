@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        fail(f"{str(error).splitlines()[0]} Try a smaller --batch-size.", debug)
+        memory = "batch-tokens or --batch-size" if hasattr(options, "batch_tokens") else "batch-size"
+        fail(f"{str(error).splitlines()[0]} Try a smaller --{memory}.", debug)
 
 
 def parse(words: Sequence[str]) -> tuple[str, Any]:

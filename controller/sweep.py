@@ -42,8 +42,8 @@ def run(options: SweepOptions) -> dict[str, Any]:
     that several sweeps of one backbone may share it. A shard is written when it is done; a killed run
     computes the others when it is started again. The same `--out` with other layers, sources, a larger
     fraction or further figures computes what is not yet there; `result.json` and `sweep.png` are those of the
-    last command. The table's bits are those of computing all of it at once. An image about which there are
-    further questions is therefore computed again.
+    last command. The table's bits are those of computing all of it at once, on the same kind of device with
+    as many threads. An image about which there are further questions is therefore computed again.
 
     With `--shard i/n`, or under `torchrun` or `accelerate launch`, n processes do a part of the shards each,
     with nothing but the folder in common. Whoever finds everything done writes the result; the others say
@@ -105,8 +105,7 @@ class Sweep:
         groups = self.table.groups
         shards = [np.concatenate([groups[g] for g in shard]) for shard in shards_of(groups, shard_prompts)]
         mine = range(part, len(shards), parts)
-        if self.missing():
-            self.files.write_prompts(prompt_columns(self.table))
+        self.files.write_prompts(prompt_columns(self.table))
         label = "sweep" if parts == 1 else f"sweep {part}/{parts}"
         total = sum(self.missing(shards[number]) for number in mine)
         seconds = 0.2 if sys.stderr.isatty() else 10.0
@@ -128,29 +127,22 @@ class Sweep:
 
     def do_shard(self, number: int, rows: NDArray[np.int64], told: Callable[[int], object]) -> None:
         """Compute what is missing of the prompts `rows` and write it to a file."""
-        new = np.zeros_like(self.table.losses, dtype=np.bool_)
-        for group in np.unique(self.table.group_of[rows]):
-            members = self.table.groups[group]
-            unknown = np.isnan(self.table.losses[members])
-            prompts, columns = np.nonzero(unknown)
-            self.table.compute(members[prompts], columns)
-            new[members] |= unknown
+        table = self.table
+        new = np.isnan(table.losses[rows])
+        for group in np.unique(table.group_of[rows[new.any(axis=1)]]):
+            members = table.groups[group]
+            prompts, columns = np.nonzero(np.isnan(table.losses[members]))
+            table.compute(members[prompts], columns)
             told(len(prompts))
         wanted = self.unjudged(rows)
         if wanted.any():
-            judged = judge(
-                self.backbone,
-                [self.prompts[row] for row in rows],
-                self.table.insert_layers,
-                self.table.greedy[rows] == 1,
-                wanted,
-                self.batch_size,
-                told,
-            )
-            self.table.correct[rows] = np.where(wanted, judged, self.table.correct[rows])
-            new[rows] |= wanted
-        if new.any():
-            self.files.write(f"losses-{number:05d}", columns_of(self.table, new))
+            asked = [self.prompts[row] for row in rows]
+            greedy = table.greedy[rows] == 1
+            judged = judge(self.backbone, asked, table.insert_layers, greedy, wanted, self.batch_size, told)
+            table.correct[rows] = np.where(wanted, judged, table.correct[rows])
+        places, columns = np.nonzero(new | wanted)
+        if len(places):
+            self.files.write(f"losses-{number:05d}", columns_of(table, rows[places], columns))
 
     def unjudged(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Cells of the prompts `rows` whose accuracy is asked for and not known, (rows, K)."""

@@ -43,16 +43,19 @@ def prompts_of(lists: Iterable[pa.Table]) -> dict[str, list[str]]:
     return found or {name: [] for name in ("prompt_key", "prompt_id", "source", "image_key", "group_key")}
 
 
-def columns_of(table: RewardTable, cells: NDArray[np.bool_]) -> dict[str, Any]:
-    """The columns of a shard that holds the `cells` (P, K) of the table, prompt by prompt."""
-    rows, cols = np.nonzero(cells)
+def columns_of(table: RewardTable, rows: IntArray, cols: IntArray) -> dict[str, Any]:
+    """The columns of a shard that holds the table's cells (`rows[i]`, `cols[i]`), of prompts and layers."""
 
     def nullable(values: NDArray[Any], unknown: NDArray[np.bool_]) -> pa.Array:
         return pa.array(values, mask=unknown)
 
     flops, stock = table._flops[rows, cols], table._flops[rows, -1]
-    first, greedy = table._first_tokens[rows, cols], table._greedy[rows, cols]
-    correct, agrees = table.correct[rows, cols], table.agreement[rows, cols]
+    first, greedy, correct = (
+        table._first_tokens[rows, cols],
+        table._greedy[rows, cols],
+        table.correct[rows, cols],
+    )
+    stock_first = table._first_tokens[rows, -1]
     names = {name: [values[row] for row in rows.tolist()] for name, values in prompt_columns(table).items()}
     return names | {
         "insert_layer": np.array(table.insert_layers, dtype=np.int32)[cols],
@@ -62,7 +65,7 @@ def columns_of(table: RewardTable, cells: NDArray[np.bool_]) -> dict[str, Any]:
         "first_token": nullable(first, first < 0),
         "greedy": nullable(greedy == 1, greedy < 0),
         "correct": nullable(correct == 1, np.isnan(correct)),
-        "agrees": nullable(agrees == 1, np.isnan(agrees)),
+        "agrees": nullable(first == stock_first, (first < 0) | (stock_first < 0)),
     }
 
 

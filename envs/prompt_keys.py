@@ -1,7 +1,8 @@
 """What tells prompts apart by their content, and which of them are computed together.
 
-A group is all prompts about the same images, so that what an image costs is paid once. It is the unit in
-which a reward table is computed: its bits depend on the group alone, not on what else is in the table.
+A group is all prompts about some images, so that what an image costs is paid once and images that are alike
+run as one batch. It is the unit in which a reward table is computed: its bits depend on the group alone, not
+on what else is in the table.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from PIL import Image
 
 from .prompts import ImageRef, Prompt
 
-TEXT_RUN = 32
-"""Prompts without an image that are computed together."""
+LEAST_GROUP = 32
+"""Prompts of a group, at least, but for the last one; an image's are never divided."""
 
 ENDS = 4096
 """Bytes read at the start and the end of an image file to tell it from others."""
@@ -40,19 +41,19 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def prompt_groups(prompts: Sequence[Prompt]) -> list[IntArray]:
-    """Indices of the prompts of each group: those of one `image_key`, in order of first appearance.
+    """Indices of the prompts of each group: those of some images, in order of first appearance.
 
-    Prompts without images form runs of `TEXT_RUN` in their order.
+    Prompts without an image are taken one by one, as if each were about one of its own.
     """
-    groups: dict[tuple[str, int], list[int]] = {}
-    text_only = 0
+    images: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        name = (prompt.image_key, -1)
-        if not prompt.images:
-            name = ("", text_only // TEXT_RUN)
-            text_only += 1
-        groups.setdefault(name, []).append(index)
-    return [np.array(indices, dtype=np.int64) for indices in groups.values()]
+        images.setdefault(prompt.image_key if prompt.images else index, []).append(index)
+    groups: list[list[int]] = []
+    for indices in images.values():
+        if not groups or len(groups[-1]) >= LEAST_GROUP:
+            groups.append([])
+        groups[-1] += indices
+    return [np.array(indices, dtype=np.int64) for indices in groups]
 
 
 def distinct(keys: Sequence[str]) -> tuple[IntArray, IntArray]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Bonus = Literal["depth", "flops", "time"]
 FloatArray = NDArray[np.float64]
 
-METHOD = "group-1"
+METHOD = "shared-1"
 """Named in every file: losses of another way of computing differ in their last bits."""
 
 ADD_SECONDS = 60.0
@@ -41,8 +41,8 @@ ADD_SECONDS = 60.0
 class RewardTable:
     """`-loss` and skip bonus of P prompts at K candidate insert layers.
 
-    Losses are computed when first asked for, in groups: the prompts about one image together (prompts
-    without an image in runs of 32), at all layers asked for. A loss depends on its group and on
+    Losses are computed when first asked for, in groups: the prompts about the same images together, and
+    images together up to some dozens of prompts, at all layers asked for. A loss depends on its group and on
     `batch_tokens`, which bounds the memory of a forward, alone: it is the same to the last bit whatever
     was asked before, by whom, and after a resume.
 
@@ -331,7 +331,7 @@ class RewardTable:
             if not self._noted:
                 self._files.write_prompts(prompt_columns(self))
                 self._noted = True
-            self._files.write("added", columns_of(self, self._to_add))
+            self._files.write("added", columns_of(self, *np.nonzero(self._to_add)))
             self._files.complete()
             self._to_add[:] = False
         self._added = time.monotonic()
@@ -342,7 +342,7 @@ class RewardTable:
             raise ValueError("a subset is not saved by itself: save the table that it is a part of")
         files = RewardFiles(folder, self.origin)
         files.write_prompts(prompt_columns(self))
-        files.write("added", columns_of(self, ~np.isnan(self.losses)))
+        files.write("added", columns_of(self, *np.nonzero(~np.isnan(self.losses))))
         files.complete()
 
     @classmethod

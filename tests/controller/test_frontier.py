@@ -1,7 +1,7 @@
 """What a policy trades at each skip weight, and whether a wish is met on prompts that it has not seen."""
 
 import dataclasses
-from itertools import pairwise
+import itertools
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_larger_skip_weight_skips_more(graded_policy):
     points = graded_policy.training.frontier
     assert points[0].flops_ratio > 0.85 and points[-1].flops_ratio < 0.4
     ratios = [point.flops_ratio for point in points]
-    assert all(later <= earlier + 0.01 for earlier, later in pairwise(ratios))
+    assert all(later <= earlier + 0.01 for earlier, later in itertools.pairwise(ratios))
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.75, 0.6, 0.5])

@@ -97,7 +97,7 @@ def test_chooses_as_the_model_does(source, name, kwargs, data, tiny_backbone, tm
 
 
 def test_a_policy_over_a_range_can_be_asked_for_a_budget(data, tiny_backbone):
-    _, observations, normaliser = data
+    _table, observations, normaliser = data
     model = make(data, skip_weight=(0.1, 1.0))
     policy = from_sb3(model, data, tiny_backbone, skip_weights=(0.1, 1.0), observations=observations)
     assert policy.algorithm == "sb3" and policy.skip_weight == 1.0

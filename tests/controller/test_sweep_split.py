@@ -185,22 +185,65 @@ def test_other_batch_tokens_do_not_mix(options_for, whole, tmp_path):
     assert (tmp_path / "usual" / "result.json").read_bytes() == (whole / "result.json").read_bytes()
 
 
+NURSERY = """
+import json, os, signal, sys
+import torch, transformers, matplotlib.pyplot, pyarrow.parquet
+from controller import cli, sweep
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    words, environment = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.environ.update(environment)
+        cli.main(words)
+        os._exit(0)
+    print(pid, flush=True)
+"""
+
+
+@pytest.fixture
+def born():
+    """Starts commands as processes of their own, without waiting for imports; gives their numbers."""
+    words = [sys.executable, "-c", NURSERY]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, env=ENVIRONMENT, text=True, **pipes) as nursery:
+
+        def start(words, **environment):
+            nursery.stdin.write(json.dumps([words, environment]) + "\n")
+            nursery.stdin.flush()
+            return int(nursery.stdout.readline())
+
+        yield start
+        nursery.stdin.close()
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.slow
-def test_fifty_kills(options_for, whole, tmp_path):
+def test_fifty_kills(options_for, whole, tmp_path, born):
     """Two processes at a time, killed at random moments after one of them has written something."""
     rng = np.random.default_rng(0)
     options, table, kills = options_for(tmp_path, shard_prompts=1), tmp_path / "table", 0
+    words = command(options)[0][3:]
     while kills < 50:
         before = shards(table)
-        parts = [start(options, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-        while shards(table) == before and any(process.poll() is None for process in parts):
-            time.sleep(0.01)
+        parts = [born(words, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+        while shards(table) == before and any(map(alive, parts)):
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, 1))
-        for process in parts:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            process.communicate()
+        for pid in filter(alive, parts):
+            os.kill(pid, signal.SIGKILL)
+            kills += 1
+        while any(map(alive, parts)):
+            time.sleep(0.005)
         known = RewardTable.load(table)
         if known.complete and not np.isnan(known.correct).any():  # all done: take most of it away
             for path in shards(table):

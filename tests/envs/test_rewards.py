@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from backbones import CostModel, load_backbone
-from envs import Prompt, RewardTable, encode, load_instructions, prompts_from, rewards
+from envs import Prompt, RewardTable, encode, load_instructions, prompt_keys, prompts_from, rewards
 from envs.group_forward import GroupForward
 from envs.prompts import ImageRef
 
@@ -29,9 +31,17 @@ def prompts(rendered_data):
 
 @pytest.fixture(scope="module")
 def table(tiny_backbone, prompts):
-    filled = RewardTable(tiny_backbone, prompts, LAYERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_keys, "LEAST_GROUP", 2)
+        filled = RewardTable(tiny_backbone, prompts, LAYERS)
     filled.fill()
     return filled
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """Groups of at least two prompts, so that ten make several."""
+    monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
 
 
 class Counted(GroupForward):
@@ -99,19 +109,25 @@ def test_losses_do_not_depend_on_the_other_prompts(tiny_backbone, prompts, table
     np.testing.assert_array_equal(some.losses, table.losses[kept])
 
 
-def test_groups_are_those_of_an_image_in_order_of_first_appearance(tiny_backbone, prompts):
-    order = [prompts[index] for index in (9, 3, 0, 4, 8, 1)]
-    found = RewardTable(tiny_backbone, [*order, *order[2:4]], LAYERS).groups
-    keys = [[([*order, *order[2:4]])[index].image_key for index in group] for group in found]
-    text = next(number for number, group in enumerate(found) if 1 in group)
-    assert found[text].tolist() == [1, 4]  # the prompts of text alone
-    with_image = [group for number, group in enumerate(keys) if number != text]
-    assert all(len(set(group)) == 1 for group in with_image)
-    assert len({group[0] for group in with_image}) == len(with_image)
-    assert [group[0] for group in found] == sorted(group[0] for group in found)
+def test_groups_keep_images_whole_in_order_of_first_appearance(tiny_backbone, prompts, monkeypatch):
+    order = [prompts[index] for index in (9, 3, 0, 4, 8, 1, 0, 4)]  # 3 and 8 are of text alone
+    images = [prompt.image_key if prompt.images else str(index) for index, prompt in enumerate(order)]
+    by_image = [[i for i, own in enumerate(images) if own == image] for image in dict.fromkeys(images)]
+    for least in (1, 2, 3, 100):
+        monkeypatch.setattr(prompt_keys, "LEAST_GROUP", least)
+        found = [group.tolist() for group in RewardTable(tiny_backbone, order, LAYERS).groups]
+        assert functools.reduce(operator.iadd, found, []) == functools.reduce(operator.iadd, by_image, [])
+        assert all(len(group) >= least for group in found[:-1])
+        for indices in by_image:
+            assert sum(set(indices) <= set(group) for group in found) == 1
+        # No group could have ended before its last image.
+        for group in found:
+            last = next(len(indices) for indices in by_image if indices[-1] == group[-1])
+            assert len(group) - last < least
 
 
-def test_text_prompts_are_grouped_in_runs(tiny_backbone):
+def test_text_prompts_are_grouped_in_runs(tiny_backbone, monkeypatch):
+    monkeypatch.undo()
     prompts = [Prompt.from_question(f"What is {n} and {n}?", answer="an even number") for n in range(70)]
     assert [len(group) for group in RewardTable(tiny_backbone, prompts, (0,)).groups] == [32, 32, 6]
 
@@ -163,9 +179,11 @@ def test_one_question_computes_its_group_at_one_layer(tiny_backbone, prompts, ru
     table.loss(8, 1)
     known = ~np.isnan(table.losses)
     expected = np.zeros_like(known)
-    expected[[3, 8], 1] = True
+    group = table.groups[table.group_of[8]]
+    assert 1 < len(group) < len(prompts)
+    expected[group, 1] = True
     np.testing.assert_array_equal(known, expected)
-    assert runs == [([prompts[3].id, prompts[8].id], [3])]
+    assert runs == [([prompts[index].id for index in group], [3])]
 
 
 def test_known_losses_are_not_computed_again(tiny_backbone, prompts, runs):
