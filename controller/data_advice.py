@@ -77,7 +77,7 @@ def advise(
     check_candidates(policy, table)
     judged = np.ones(len(prompts), dtype=bool) if held_out is None or not held_out.any() else held_out
     fixed = choose_fixed_layer(table.rewards(weight, policy.bonus), images, seed=seed)
-    where = "the held-out ones of these prompts" if not judged.all() else "these prompts"
+    where = f"the {judged.sum()} held-out ones of these prompts" if not judged.all() else "these prompts"
     result |= by_table(policy, table, fixed, weight)
     result |= policy_beside(table, columns, judged, fixed, policy, weight, images, where)
     curves = pareto(policy, table.subset(judged), observations[judged], weight)
@@ -184,6 +184,11 @@ def policy_beside(
         doubts.append(f"choosing a layer for each prompt comes to the same as insert layer {layer} for all")
     elif advantage.low > 0 and len(set(clusters)) > 1:
         beside = f"On {where}, choosing a layer for each prompt earned more ({figures})."
+        if len(set(clusters)) < FEW_IMAGES <= fixed.images:
+            doubts.append(
+                f"that choosing a layer for each prompt earns more rests on {len(set(clusters))} images, "
+                "which says little"
+            )
     else:
         beside = f"On {where}, choosing a layer for each prompt did not beat it ({figures})."
         doubts.append(

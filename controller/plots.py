@@ -67,7 +67,16 @@ def plot_recommendation(result: Mapping[str, Any], path: str | Path) -> Path:
         below += heights
     for layer, height in zip(layers, below, strict=True):
         if height:
-            axes.annotate(f"{height:.0f}", (layer, height), ha="center", va="bottom", fontsize=9)
+            axes.annotate(
+                f"{height:.0f}",
+                (layer, height),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+            )
     mean, (low, high) = result["mean_insert_layer"], result["mean_interval"]
     axes.axvline(mean, color="black", linewidth=1.2, label=f"mean {mean:.2f} ({low:.2f} to {high:.2f})")
     paper = PAPER_MEAN_DEPTH * result["num_layers"]

@@ -207,7 +207,17 @@ def test_the_policy_is_judged_on_what_it_has_not_seen(policy, prompts, table):
     earned = rewards[np.arange(len(rewards)), chosen] - rewards[:, LAYERS.index(result["insert_layer"])]
     assert result["policy"]["minus_fixed"]["reward"] == pytest.approx(earned[held_out].mean())
     assert result["policy"]["judged_on"]["prompts"] == held_out.sum() == result["pareto"]["prompts"]
-    assert "On the held-out ones of these prompts" in result["verdict"]
+    assert (
+        f"On the {held_out.sum()} held-out ones of these prompts" in result["verdict"]
+        and result["caveat"] is None
+    )
+    few = sorted(set(table.image_keys))[:5]
+    seen_few = advise(
+        policy, prompts[0], table=table, held_out=np.array([key in few for key in table.image_keys])
+    )
+    assert seen_few["caveat"] == (
+        "That choosing a layer for each prompt earns more rests on 5 images, which says little."
+    )
 
 
 def test_a_table_without_flops_draws_no_pareto_picture(policy, prompts, table):
