@@ -82,6 +82,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         low, high = row["interval"]
         lines.append(
             f"| {row['skip_weight']:g} | {row['range']:.4f} | {row['single']:.4f} | "
-            f"{row['best_fixed']:.4f} | {row['oracle']:.4f} | {row['relative']:+.1%} ({low:+.4f} to {high:+.4f} nats) |"
+            f"{row['best_fixed']:.4f} | {row['oracle']:.4f} | "
+            f"{row['relative']:+.1%} ({low:+.4f} to {high:+.4f} nats) |"
         )
     return "\n".join([*lines, ""])
