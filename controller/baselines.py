@@ -77,7 +77,7 @@ def gate_columns(observations: ArrayLike, losses: FloatArray, queries: ArrayLike
         return np.full(len(np.asarray(queries)), deepest[0], dtype=np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a gate that is nearly there is a gate
-        model = LogisticRegression(C=0.01, max_iter=300).fit(np.asarray(observations), deepest)
+        model = LogisticRegression(C=0.1, max_iter=300).fit(np.asarray(observations), deepest)
     return model.predict(np.asarray(queries)).astype(np.int64)
 
 

@@ -57,7 +57,8 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     ## Starting State
     A prompt drawn uniformly at random with the environment's seeded generator,
-    independently of earlier episodes; with a range of skip weights, then a $\lambda$ uniform in it.
+    independently of earlier episodes; with a range of skip weights, then a $\lambda$, drawn denser
+    where it is small.
 
     ## Episode End
     Every episode terminates after its one step; none is truncated. The terminal observation

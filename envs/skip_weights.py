@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+POWER = 1.5
+"""Weights are drawn as this power of what is uniform over the range, and features cut it likewise."""
+BEYOND = 0.1
+"""Share of the range by which draws reach beyond each of its ends, where they are taken for the end."""
 FEATURES = 16
 """Features that show λ. One number would drown among hundreds of an observation's."""
 
@@ -65,17 +69,22 @@ class SkipWeights:
         return value
 
     def draw(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
-        """`count` weights, uniform over the range. One λ takes nothing from `rng`."""
+        """`count` weights over the range: denser where they are small, since a little more λ changes the best
+        layer most there, and a twelfth of them at either end, which has neighbours on one side alone.
+
+        One λ takes nothing from `rng`.
+        """
         if self.single:
             return np.full(count, self.low)
-        return rng.uniform(self.low, self.high, count)
+        position = np.clip(rng.uniform(-BEYOND, 1 + BEYOND, count), 0, 1)
+        return np.clip(self.low + (self.high - self.low) * position**POWER, self.low, self.high)
 
     def feature(self, skip_weights: ArrayLike) -> NDArray[np.float32]:
         """What the policy sees of each of `skip_weights` (n,): float32 (n, F) in [-1, 1].
 
-        The range is cut into F equal pieces; feature i rises from -1 to 1 across piece i and is flat
-        elsewhere. Together they say λ exactly, weigh as much as F of the observation's features, and let a
-        linear layer treat each piece in its own way.
+        The range is cut into F pieces, shorter where λ is small, from which as many are drawn; feature i
+        rises from -1 to 1 across piece i and is flat elsewhere. Together they say λ exactly, weigh as much as
+        F of the observation's features, and let a linear layer treat each piece in its own way.
 
         Raises `ValueError` for a weight outside the range.
         """
@@ -84,7 +93,7 @@ class SkipWeights:
             self.check(value)
         if self.single:
             return np.zeros((len(values), 0), dtype=np.float32)
-        position = (values - self.low) / (self.high - self.low) * FEATURES
+        position = ((values - self.low) / (self.high - self.low)) ** (1 / POWER) * FEATURES
         pieces = np.clip(position[:, None] - np.arange(FEATURES), 0, 1)
         return (2 * pieces - 1).astype(np.float32)
 

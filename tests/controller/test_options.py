@@ -19,6 +19,7 @@ from controller.options import (
     parse_layers,
     parse_observation,
     parse_share,
+    parse_skip_weights,
     parse_sources,
 )
 
@@ -137,3 +138,29 @@ def test_importing_options_loads_no_torch():
     program = "import sys, controller.options; print('torch' in sys.modules, 'transformers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "ends"),
+    [
+        ("auto", 0.5, (0, 1)),
+        ("auto", 0.0, (0, 1)),
+        ("none", 0.3, (0.3, 0.3)),
+        ("0-2", 0.5, (0, 2)),
+        ("0.1-0.5", 0.5, (0.1, 0.5)),
+    ],
+)
+def test_ranges_of_skip_weights_are_read(text, weight, ends):
+    assert parse_skip_weights(text, weight) == ends
+
+
+@pytest.mark.parametrize("text", ["", "1", "2-1", "1-1", "-1-2", "0-inf", "nan-1", "a-b", "all"])
+def test_what_is_no_range_of_skip_weights_is_refused(data, tmp_path, text):
+    with pytest.raises(ValueError, match="--skip-weight-range"):
+        options.check(TrainPolicyOptions(out=tmp_path, data=data, skip_weight_range=text))
+
+
+def test_a_range_without_the_skip_weight_is_refused(data, tmp_path):
+    wrong = TrainPolicyOptions(out=tmp_path, data=data, skip_weight=3, skip_weight_range="0-2")
+    with pytest.raises(ValueError, match="'0-2' does not contain --skip-weight 3"):
+        options.check(wrong)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.statistics import mean_interval, paired_interval
+from controller.statistics import mean_interval, paired_interval, ratio_interval
 
 
 def coverage(draw, clusters=None, trials=300):
@@ -89,3 +89,33 @@ def test_refuses(arguments, message):
 def test_paired_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="2 values of a and 1 of b"):
         paired_interval([1.0, 2.0], [1.0])
+
+
+def test_a_ratio_is_drawn_as_one():
+    rng = np.random.default_rng(0)
+    size = rng.gamma(1.0, 1.0, size=400)
+    found = ratio_interval(0.4 * size, size)  # both vary widely, the ratio not at all
+    assert found == pytest.approx((0.4, 0.4, 0.4))
+    noisy = ratio_interval(0.4 * size + 0.1 * rng.normal(size=400), size)
+    assert noisy.low < 0.4 < noisy.high and noisy.high - noisy.low < 0.05
+
+
+def test_a_ratio_leaves_out_draws_without_a_divisor():
+    found = ratio_interval([1.0, 0.0, 0.0], [2.0, 0.0, 0.0], samples=200)
+    assert found == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="mean of b is 0"):
+        ratio_interval([1.0, 2.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match="equal lengths"):
+        ratio_interval([1.0, 2.0], [1.0])
+
+
+def test_a_ratio_s_interval_covers_the_truth_where_clusters_agree():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(150):
+        common = np.repeat(rng.normal(size=40), 5)
+        below = 1 + 0.3 * np.repeat(rng.normal(size=40), 5)
+        above = 0.5 + 0.3 * common + 0.1 * rng.normal(size=200)
+        found = ratio_interval(above, below, np.repeat(np.arange(40), 5), samples=400)
+        hits += found.low <= 0.5 <= found.high
+    assert hits >= 132  # 95 % of 150 is 142.5; 132 and fewer have a chance below 1 %

@@ -4,16 +4,22 @@ import csv
 import functools
 import json
 import random
+from dataclasses import replace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from synthetic_tables import LAYERS, clustered_table, constant_table, structureless_table
+from stable_baselines3 import PPO
+from synthetic_tables import LAYERS, clustered_table, constant_table, graded_table, structureless_table
 
+from controller.lambda_study import study
 from controller.options import TrainPolicyOptions
 from controller.policy import LayerPolicy
 from controller.training import isolated_random_state, judge_policy, run, train_policy
+from envs.observations import Normaliser
 from envs.rewards import RewardTable
+from envs.skip_weights import SkipWeights
 
 SKIP_WEIGHT = 0.5
 STEPS = 20_480
@@ -22,9 +28,8 @@ STEPS = 20_480
 def train_on_first(table, observations, **options):
     """A policy trained on three quarters of the prompts, and its judgement on the rest."""
     train = np.arange(len(table)) < 0.75 * len(table)
-    policy = train_policy(
-        table.subset(train), observations[train], skip_weight=SKIP_WEIGHT, steps=STEPS, **options
-    )
+    options = {"skip_weight": SKIP_WEIGHT, "steps": STEPS, **options}
+    policy = train_policy(table.subset(train), observations[train], **options)
     return policy, judge_policy(policy, table, observations, train)
 
 
@@ -58,6 +63,109 @@ def test_without_structure_the_verdict_prefers_the_fixed_layer():
     low, high = judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"]
     assert low <= 0 <= high and policy.training.best_fixed == 3
     assert "for every held-out prompt" in judgement["verdict"] or "as good" in judgement["verdict"]
+
+
+@functools.cache
+def graded_training(algorithm):
+    """Default settings on a table like a real model's; the range and one λ of it that is judged."""
+    table, observations = graded_table()
+    train = np.arange(len(table)) < 0.75 * len(table)
+    steps = {"ppo": 40_960, "a2c": 51_200, "dqn": 30_720, "full-info": 200_000}[algorithm]
+    policy = train_policy(
+        table.subset(train),
+        observations[train],
+        skip_weight=SKIP_WEIGHT,
+        skip_weights=(0.0, 1.0),
+        algorithm=algorithm,
+        steps=steps,
+    )
+    return table, observations, train, policy, judge_policy(policy, table, observations, train)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "least"), [("full-info", 0.6), ("ppo", 0.6), ("a2c", 0.5), ("dqn", 0.5)]
+)
+def test_every_algorithm_closes_the_gap_where_layers_can_be_foretold(algorithm, least):
+    *_, policy, judgement = graded_training(algorithm)
+    assert judgement["share_of_gap"] > least
+    low, high = judgement["share_of_gap_interval"]
+    assert 0.15 < low < judgement["share_of_gap"] < high < 1
+    assert judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"][0] > 0
+    assert "earns more than the best fixed layer" in judgement["verdict"]
+    assert policy.algorithm == algorithm and (policy.skip_weights.low, policy.skip_weights.high) == (0, 1)
+
+
+@pytest.mark.parametrize("algorithm", ["full-info", "a2c", "dqn"])
+def test_no_algorithm_claims_a_gain_where_there_is_none(algorithm):
+    steps = 100_000 if algorithm == "full-info" else STEPS
+    _, judgement = train_on_first(*structureless_table(), algorithm=algorithm, steps=steps)
+    low, high = judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"]
+    assert low <= 0 <= high
+    assert "for every held-out prompt" in judgement["verdict"] or "as good" in judgement["verdict"]
+
+
+def test_action_values_become_probabilities_by_their_error():
+    table, observations, train, policy, _ = graded_training("dqn")
+    likely = policy.probabilities(observations[~train], 0.5)
+    assert 0.15 < likely.max(axis=1).mean() < 0.99  # neither uniform nor certain of what it estimates
+    rewards = table.rewards(0.5)[~train]
+    sure = likely.max(axis=1) > np.median(likely.max(axis=1))
+    regret = rewards.max(axis=1) - rewards[np.arange(len(rewards)), likely.argmax(axis=1)]
+    assert regret[sure].mean() < regret[~sure].mean()
+
+
+def test_one_policy_serves_every_skip_weight():
+    """Quick version: at five λ the policy for the range is near one trained for each (slow: within 2 %)."""
+    table, observations, train, policy, _ = graded_training("full-info")
+    found = study(table, observations, train, algorithm="full-info", steps=100_000)
+    assert [row["skip_weight"] for row in found["rows"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert found["least"] > -0.04
+    for row in found["rows"]:
+        own = table.rewards(row["skip_weight"])[~train]
+        assert row["oracle"] == pytest.approx(own.max(axis=1).mean())
+        assert f"| {row['skip_weight']:g} | {row['range']:.4f} | {row['single']:.4f} |" in found["markdown"]
+        low, high = row["interval"]
+        assert low <= row["range"] - row["single"] <= high
+    depths = [policy.act(observations[~train], weight).mean() for weight in (0, 0.25, 0.5, 0.75, 1)]
+    assert depths == sorted(depths) and depths[0] < 1 < depths[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "full-info"])
+def test_one_policy_is_within_two_per_cent_of_one_for_each_skip_weight(algorithm):
+    table, observations = graded_table()
+    found = study(table, observations, np.arange(len(table)) < 1500, algorithm=algorithm)
+    assert found["least"] > -0.02, found["markdown"]
+
+
+def test_an_unknown_algorithm_and_a_skip_weight_outside_the_range_are_refused():
+    table, observations = clustered_table(prompts=20)
+    with pytest.raises(ValueError, match="algorithm 'sac': choose one of ppo, a2c, dqn, full-info"):
+        train_policy(table, observations, algorithm="sac")
+    with pytest.raises(ValueError, match=r"2 is outside 0 to 1"):
+        train_policy(table, observations, skip_weight=2, skip_weights=(0, 1))
+
+
+def test_sb3_alone_trains_on_the_environment_and_gives_a_policy(tiny_backbone):
+    table, observations = clustered_table(prompts=400)
+    normaliser = Normaliser.fit(observations)
+    env = gymnasium.make(
+        "DeepInsert/InsertLayer-v0",
+        table=table,
+        observations=observations,
+        normaliser=normaliser,
+        skip_weight=SKIP_WEIGHT,
+    )
+    model = PPO("MlpPolicy", env, n_steps=512, batch_size=128, gamma=0, learning_rate=3e-3, seed=0)
+    model.learn(4096)
+    policy = LayerPolicy.from_sb3(
+        model, table=table, normaliser=normaliser, backbone=tiny_backbone, skip_weights=SKIP_WEIGHT
+    )
+    rewards, rows = table.rewards(SKIP_WEIGHT), np.arange(len(table))
+    columns = policy.columns(observations)
+    actions, _ = model.predict(normaliser(observations), deterministic=True)
+    assert (columns == actions).all()
+    assert rewards[rows, columns].mean() > rewards.mean(axis=0).max()
 
 
 def test_judgement_agrees_with_the_table():
@@ -138,6 +246,7 @@ def policy_run(tmp_path_factory, rendered_data):
         fraction=0.5,
         insert_layers="0-2,5",
         steps=4096,
+        seeds=3,
         device="cpu",
     )
     return options, run(options)
@@ -149,7 +258,8 @@ def test_command_writes_what_the_contract_names(policy_run, tiny_backbone):
     assert result["skip_weight"] == 0.5 and result["insert_layers"] == [0, 1, 2, 5]
     assert 0 <= result["mean_insert_layer"] <= 5
     assert result["mean_depth"] == pytest.approx(result["mean_insert_layer"] / tiny_backbone.num_layers)
-    for name in ("policy", "best_fixed", "layer_0", "oracle", "uniform"):
+    names = ["policy", "best_fixed", "layer_0", "oracle", "uniform", "nearest_neighbours", "ridge"]
+    for name in [*names, "supervised_gate"]:
         low, high = result["reward"][name]["confidence_interval"]
         assert low <= result["reward"][name]["reward"] <= high
     for name in (
@@ -165,6 +275,49 @@ def test_command_writes_what_the_contract_names(policy_run, tiny_backbone):
     policy = LayerPolicy.load(options.out)
     assert policy.backbone_fingerprint == tiny_backbone.fingerprint
     assert policy.training.advantage is not None
+
+
+def test_command_judges_every_seed_and_saves_the_first(policy_run):
+    options, result = policy_run
+    seeds = result["seeds"]
+    assert [row["seed"] for row in seeds["each"]] == [0, 1, 2] and seeds["saved"] == 0
+    assert seeds["each"][0]["reward"] == result["reward"]["policy"]["reward"]
+    assert seeds["pooled"]["reward"] == pytest.approx(np.mean([row["reward"] for row in seeds["each"]]))
+    assert result["reward"]["oracle"]["regret"] == 0
+    policy = LayerPolicy.load(options.out)
+    assert policy.seed == 0 and policy.skip_weight == 0.5 and policy.skip_weights == SkipWeights(0, 1)
+    assert len(policy.training.frontier) == 13
+    table = (options.out / "judgement.md").read_text()
+    assert table.count("\n| ") == 9  # the policy, the mean of its seeds, and seven others
+    assert f"| policy (seed 0) | {result['reward']['policy']['reward']:.4f} (" in table
+    assert result["verdict"] in table
+
+
+def test_command_takes_losses_from_a_table_and_observes_what_it_is_told(policy_run, rendered_data, tmp_path):
+    options, _ = policy_run
+    other = replace(
+        options,
+        out=tmp_path,
+        table=options.out / "table",
+        batch_size=2,  # few prompts to measure times on
+        observation="hidden:2",
+        observe_image=True,
+        algorithm="full-info",
+        skip_weight_range="none",
+        bonus="time",
+        seeds=1,
+        steps=20_000,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardTable, "_compute_group", None)  # every loss is there already
+        result = run(other)
+    assert not (tmp_path / "table").exists()
+    assert result["observation"] == "hidden:2+image" and result["skip_weight_range"] == [0.5, 0.5]
+    policy = LayerPolicy.load(tmp_path)
+    assert policy.observation.text_layer == 2 and policy.observation.image
+    assert policy.bonus == "time" and policy.algorithm == "full-info"
+    times = json.loads((tmp_path / "times.json").read_text())["ratios"]
+    assert policy.training.times == tuple(times)
 
 
 def test_command_continues_from_its_table_to_the_same_end(policy_run, monkeypatch):

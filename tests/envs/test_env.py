@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,7 @@ from envs import (
     prompt_embeddings,
     prompts_from,
 )
+from envs.skip_weights import SkipWeights
 
 ENV_ID = "DeepInsert/InsertLayer-v0"
 PROMPTS, LAYERS, WIDTH = 12, (0, 2, 4, 7), 6
@@ -361,3 +363,94 @@ def test_ppo_on_the_vector_env_is_reproducible(table, observations):
     state = second.policy.state_dict()
     assert all((value == state[name]).all() for name, value in first.policy.state_dict().items())
     assert len(first.ep_info_buffer) > 0
+
+
+# A range of skip weights
+
+
+@pytest.fixture
+def ranged(table, observations):
+    return gymnasium.make(ENV_ID, table=table, observations=observations, skip_weight=(0.2, 1.2))
+
+
+def test_both_checks_on_a_range_of_skip_weights_without_a_warning(ranged):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check_env(ranged.unwrapped)
+        sb3_check_env(ranged)
+
+
+def test_each_episode_draws_shows_and_pays_its_skip_weight(ranged, table, observations):
+    drawn = set()
+    for episode in range(30):
+        observation, info = ranged.reset(seed=7 if episode == 0 else None)
+        weight, prompt = info["skip_weight"], info["prompt"]
+        expected = [observations[prompt], SkipWeights(0.2, 1.2).feature([weight])[0]]
+        np.testing.assert_array_equal(observation, np.concatenate(expected).astype(np.float32))
+        terminal, reward, *_, after = ranged.step(2)
+        np.testing.assert_array_equal(terminal, observation)
+        assert after["skip_weight"] == weight
+        assert reward == pytest.approx(table.rewards(weight)[prompt, 2])
+        drawn.add(weight)
+    assert len(drawn) > 20 and all(0.2 <= weight <= 1.2 for weight in drawn)
+    assert ranged.reset(options={"prompt": 3, "skip_weight": 0.7})[1]["skip_weight"] == 0.7
+    with pytest.raises(ValueError, match=r"outside 0\.2 to 1\.2"):
+        ranged.reset(options={"skip_weight": 1.3})
+
+
+def test_one_skip_weight_leaves_observation_and_draws_as_they_are(env, ranged):
+    assert env.observation_space.shape == (WIDTH,)
+    assert ranged.observation_space.shape == (WIDTH + SkipWeights(0.2, 1.2).features,)
+    assert [env.reset(seed=4)[1]["prompt"], env.reset()[1]["prompt"]] == [
+        int(number) for number in np.random.Generator(np.random.PCG64(4)).integers(PROMPTS, size=2)
+    ]
+
+
+def test_vector_env_pays_a_range_as_the_env_does(ranged, table, observations):
+    vec = InsertLayerVecEnv(table, observations, 5, skip_weight=(0.2, 1.2), relative_to_layer_0=False)
+    current = vec.reset()
+    for _ in range(10):
+        actions = np.arange(5) % len(LAYERS)
+        after, rewards, _, infos = vec.step(actions)
+        for index, info in enumerate(infos):
+            options = {"prompt": info["prompt"], "skip_weight": info["skip_weight"]}
+            start, _ = ranged.reset(options=options)
+            np.testing.assert_array_equal(current[index], start)
+            np.testing.assert_array_equal(info["terminal_observation"], start)
+            _, reward, _, _, single = ranged.step(actions[index])
+            assert rewards[index] == np.float32(reward)
+            assert {name: info[name] for name in single} == single
+        current = after
+
+
+def test_state_of_a_range_resumes_bit_for_bit(table, observations):
+    arguments = {"num_envs": 3, "skip_weight": (0.0, 2.0)}
+    vec = InsertLayerVecEnv(table, observations, seed=0, **arguments)
+    vec.reset()
+    play(vec, 4, np.random.default_rng(0))
+    state = json.loads(json.dumps(vec.get_state()))
+    expected = play(vec, 6, np.random.default_rng(1))
+    other = InsertLayerVecEnv(table, observations, seed=99, **arguments)
+    other.set_state(state)
+    assert play(other, 6, np.random.default_rng(1)) == expected
+    with pytest.raises(ValueError, match=r"outside 0 to 0\.1"):
+        InsertLayerVecEnv(table, observations, 3, skip_weight=(0, 0.1)).set_state(state)
+
+
+def test_a_folder_s_rewards_are_taken_over_and_added_to(tiny_backbone, prompts, tmp_path):
+    first = gymnasium.make(
+        ENV_ID, backbone=tiny_backbone, prompts=prompts, insert_layers=(0, 4), table=tmp_path
+    )
+    first.reset(options={"prompt": 0})
+    loss = first.step(1)[4]["loss"]
+    first.unwrapped.table.flush()
+    second = InsertLayerEnv(tiny_backbone, prompts, insert_layers=(0, 4), table=tmp_path)
+    assert second.table.losses[0, 1] == loss and np.isnan(second.table.losses).any()
+    second.table.fill()
+    loaded = RewardTable.load(tmp_path)
+    seen = prompt_embeddings(tiny_backbone, prompts)
+    alone = InsertLayerEnv(table=tmp_path, observations=seen, normaliser=Normaliser.fit(seen))
+    np.testing.assert_array_equal(alone.table.losses, loaded.losses)
+    assert InsertLayerVecEnv(tmp_path, seen).table.complete
+    with pytest.raises(TypeError, match="give its folder"):
+        InsertLayerEnv(tiny_backbone, prompts, table=second.table)
