@@ -64,8 +64,6 @@ class TableBenchOptions(RunOptions):
     """Questions about the image of that model."""
     repeats: int = 5
     """Rounds; each runs both arms once."""
-    threads: int | None = None
-    """Threads of torch on a CPU."""
     device: str = "cpu"
     """A torch device such as cpu or cuda."""
 
@@ -88,8 +86,7 @@ class Case:
 def run(options: TableBenchOptions) -> dict[str, Any]:
     """Write `result.json` with a row for each case and `table.md`; return the result."""
     out = start_run(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # as many as compute a reward table
     rows = []
     for case in cases(options, out):
         path = out / "cases" / f"{case.name}-{case.questions}.json".replace(" ", "-")

@@ -1,4 +1,4 @@
-"""The controller on one data set from end to end: every command's run, and the figures of `docs/controller.md`.
+"""The controller on one data set from end to end: every command's run, and the figures of its page.
 
 The page holds what the commands wrote, so that no figure in it is typed by hand.
 """
@@ -142,7 +142,7 @@ SPLIT = (*DataOptions.__dataclass_fields__, "out", "seed")
 
 
 def write_page(study: Study, page: Path) -> None:
-    """Fill the blocks of `page` that comments mark, `<!-- sweep -->` to `<!-- end -->`, and copy the pictures.
+    """Fill the blocks of `page` marked as `<!-- sweep -->` to `<!-- end -->`, and copy the pictures.
 
     Raises `ValueError` for a page with a block that nothing fills.
     """

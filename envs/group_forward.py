@@ -6,7 +6,8 @@ The backbone is frozen and its attention causal, so questions run as branches of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,9 +83,13 @@ class GroupForward:
         """The prompts at each of `insert_layers`; those about the same images share what they can.
 
         A prompt's results depend on the other prompts given, in float32's last digits, and on nothing else:
-        neither on the layers asked for together nor on earlier calls. Raises `DatasetError` for an image that
-        cannot be read.
+        neither on the layers asked for together nor on earlier calls, nor on the number of threads, since on
+        a CPU one computes. Raises `DatasetError` for an image that cannot be read.
         """
+        with one_thread(self.backbone.device):
+            return self._run(prompts, insert_layers)
+
+    def _run(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
         result = GroupResult.empty(len(prompts), len(insert_layers))
         left = set(range(len(prompts)))
         for groups in self._alike(group_prompts(self.backbone.processor, prompts)):
@@ -220,6 +225,20 @@ class _Answers:
             result.losses[owners, column] = np.bincount(self.owner[own], weights=loss[own])[owners] / counts
             result.first_tokens[owners, column] = said[own][first]
             result.greedy[owners, column] = wrong[owners] == 0
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, sums in one order whatever the machine; several processes use several cores."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _branches(trees: Sequence[TokenTree], device: torch.device) -> Branches:

@@ -1,6 +1,6 @@
 """Fills docs/controller.md: `python scripts/controller_study.py --data easy_vqa/train.json --out runs/study`.
 
-Sweep, policies of every algorithm, ablations, recommendation and evaluation; what is finished is not repeated.
+Sweep, policies of every algorithm, ablations, recommendation, evaluation; what is finished is kept.
 """
 
 from __future__ import annotations
