@@ -42,9 +42,9 @@ def run(options: SweepOptions) -> dict[str, Any]:
     that several sweeps of one backbone may share it. A shard is written when it is done; a killed run
     computes the others when it is started again. The same `--out` with other layers, sources, a larger
     fraction or further figures computes what is not yet there; `result.json` and `sweep.png` are those of the
-    last command. The table's bits are those of computing all of it at once on the same kind of device (on a CPU
-    by one thread; several processes use several cores). Images are computed in groups, so those of a group
-    that gains an image or a question are computed again.
+    last command. The table's bits are those of computing all of it at once on the same kind of device (on a
+    CPU by one thread; several processes use several cores). Images are computed in groups, so those of a
+    group that gains an image or a question are computed again.
 
     With `--shard i/n`, or under `torchrun` or `accelerate launch`, n processes do a part of the shards each,
     with nothing but the folder in common. Whoever finds everything done writes the result; the others say
