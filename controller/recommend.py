@@ -21,7 +21,7 @@ from .options import RecommendOptions, check, flag
 from .plots import plot_pareto, plot_recommendation
 from .policy import LayerPolicy
 from .policy_files import HELD_OUT
-from .runs import read_result, start_run, write_result
+from .runs import read_config, read_result, start_run, write_result
 
 TABLE = "table"
 
@@ -124,8 +124,8 @@ def for_data(
     whole = table = held_out = None
     if folder is not None:
         whole = RewardTable.load(folder, policy.insert_layers)
-    elif (options.policy / TABLE).is_dir():
-        folder, named = options.policy / TABLE, f"--policy {options.policy}"
+    elif (own := table_of_policy(options.policy)) is not None:
+        folder, named = own, f"--policy {options.policy}"
         whole = RewardTable.load(folder, policy.insert_layers)
         # The policy's own table may be about other prompts; the policy alone then has to do.
         whole = whole if set(prompt_keys(prompts)) <= set(whole.prompt_keys) else None
@@ -145,6 +145,14 @@ def for_data(
     )
     result["table"] = None if whole is None else about_table(whole, folder, policy)
     return result
+
+
+def table_of_policy(run: Path) -> Path | None:
+    """The reward table that train-policy used, in its run folder or where `--table` put it; None where it is
+    gone."""
+    told = (read_config(run) or {}).get("options", {}).get("table")
+    folder = Path(told) if told else run / TABLE
+    return folder if folder.is_dir() else None
 
 
 def about_table(table: RewardTable, folder: Path | None, policy: LayerPolicy) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import pytest
 from controller.data import image_prompts
 from controller.data_advice import advise, nearest_candidate, policy_sentence
 from controller.frontier import frontier
-from controller.options import RecommendOptions, check
+from controller.options import RecommendOptions, TrainPolicyOptions, check
 from controller.plots import plot_pareto
 from controller.policy import LayerPolicy
 from controller.recommend import run, table_of
+from controller.runs import start_run
 from controller.statistics import Interval
 from envs.observations import prompt_embeddings
 from envs.prompt_keys import prompt_keys
@@ -285,6 +287,17 @@ def test_command_for_a_data_set(policy_folder, rendered_data, prompts, table, tm
     printed = capsys.readouterr().out
     assert f"insert layer {result['insert_layer']}" in printed and "trained on another" not in printed
     assert recommend(policy_folder, rendered_data, tmp_path) == result  # a finished run is read, not repeated
+
+
+def test_command_finds_the_table_that_the_policy_was_trained_with(policy, table, rendered_data, tmp_path):
+    """Also where `train-policy --table` was another run's."""
+    run, swept = tmp_path / "policy", tmp_path / "sweep" / "table"
+    policy.save(run)
+    table.save(swept)
+    start_run(TrainPolicyOptions(out=run, data=rendered_data, table=swept))
+    assert recommend(run, rendered_data, tmp_path / "with")["chosen_by"] == "reward table"
+    shutil.rmtree(swept)
+    assert recommend(run, rendered_data, tmp_path / "without")["chosen_by"] == "mean of the policy's layers"
 
 
 def test_command_takes_another_table_and_a_wish(policy_alone, policy_folder, rendered_data, tmp_path, capsys):
