@@ -40,6 +40,7 @@ class Size:
     held_out_images: int
     sweep_fraction: float
     episodes: int
+    seeds: int
     steps: int
     batch_size: int
     timing_repeats: int
@@ -50,6 +51,7 @@ FULL = Size(
     held_out_images=120,
     sweep_fraction=0.1,
     episodes=40_000,
+    seeds=3,
     steps=120,
     batch_size=16,
     timing_repeats=7,
@@ -59,6 +61,7 @@ QUICK = Size(
     held_out_images=9,
     sweep_fraction=0.3,
     episodes=4_096,
+    seeds=1,
     steps=3,
     batch_size=8,
     timing_repeats=1,
@@ -170,6 +173,7 @@ class Demo:
             data=self.data("train"),
             skip_weight=self.options.skip_weight,
             steps=self.size.episodes,
+            seeds=self.size.seeds,
             seed=self.options.seed,
         )
 
