@@ -23,11 +23,11 @@ from envs import (
     Normaliser,
     Prompt,
     RewardTable,
+    SkipWeights,
     load_instructions,
     prompt_embeddings,
     prompts_from,
 )
-from envs.skip_weights import SkipWeights
 
 ENV_ID = "DeepInsert/InsertLayer-v0"
 PROMPTS, LAYERS, WIDTH = 12, (0, 2, 4, 7), 6
