@@ -21,6 +21,7 @@ from envs.instructions import split_by_image
 from envs.observations import Observation
 from envs.rewards import RewardTable
 
+from .algorithms import STEPS
 from .baselines import PAPER_MEAN_DEPTH, judge, simple_choices
 from .data import image_prompts
 from .frontier import frontier
@@ -93,7 +94,7 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
             "train": len({prompt.image_key for prompt in train}),
             "held_out": len({prompt.image_key for prompt in held_out}),
         },
-        "steps": options.steps,
+        "steps": STEPS[options.algorithm] if options.steps is None else options.steps,
         **judgement,
         "training": saved.training,
     }

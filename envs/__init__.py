@@ -24,6 +24,7 @@ PUBLIC = {
     "Observation": "observations",
     "prompt_embeddings": "observations",
     "RewardTable": "rewards",
+    "SkipWeights": "skip_weights",
     "Times": "time_bonus",
     "measure_times": "time_bonus",
     "InsertLayerEnv": "insert_layer_env",

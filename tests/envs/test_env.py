@@ -23,11 +23,12 @@ from envs import (
     Normaliser,
     Prompt,
     RewardTable,
+    SkipWeights,
     load_instructions,
     prompt_embeddings,
     prompts_from,
 )
-from envs.skip_weights import SkipWeights
+from envs.prompt_keys import LEAST_GROUP
 
 ENV_ID = "DeepInsert/InsertLayer-v0"
 PROMPTS, LAYERS, WIDTH = 12, (0, 2, 4, 7), 6
@@ -329,7 +330,8 @@ def test_observations_handed_out_are_the_caller_s(table, observations):
 
 
 def test_missing_rewards_are_computed_in_groups(tiny_backbone, prompts):
-    prompts = [*prompts, Prompt.from_question("Which digit follows 3?", answer="4")]
+    others = [Prompt.from_question(f"Which number follows {n}?", answer="4") for n in range(LEAST_GROUP)]
+    prompts = [*prompts, *others]
     table = RewardTable(tiny_backbone, prompts, (0, 4))
     vec = InsertLayerVecEnv(table, prompt_embeddings(tiny_backbone, prompts), 4)
     group = table.groups[0]
