@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from .families import base_model_of, find_stack
-from .mechanism import ATTRIBUTE, Insertion, Override
+from .mechanism import ATTRIBUTE, Insertion
+from .progress import Override
 from .refusals import check_runs, check_supported
 
 CONFIG_KEY = "deepinsert"

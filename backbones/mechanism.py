@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -36,42 +33,12 @@ from .families import (
 from .forward import Forward
 from .grouping import can_group, in_groups
 from .positions import POSITION_ARGUMENTS, Sightings, real_positions, told_positions
+from .progress import OVERRIDES, Driver, Override, Progress
 from .rows import Rows, rows_of
 from .section import Section
 from .static_cache import hide_holes
 
 ATTRIBUTE = "_deepinsert"
-
-
-@dataclass(frozen=True)
-class Override:
-    """What `insert_at` asks for: insert layers, one or one a row, and which positions are multimodal."""
-
-    layers: tuple[int, ...]
-    multimodal: Tensor | None = None
-
-
-_OVERRIDES: ContextVar[dict[int, Override]] = ContextVar("deepinsert", default={})  # noqa: B039
-"""By the id of the insertion. Never changed in place, so that threads and tasks do not see each other's."""
-
-
-Driver = Callable[[Callable[..., Any], dict[str, Any], Sightings], Any]
-"""Does a stack's work in its place: given the stock call, its arguments by name, and what was seen before."""
-
-
-class _Progress(threading.local):
-    """What one thread's forward is doing; a copy of the model starts afresh."""
-
-    def __init__(self) -> None:
-        self.seen = Sightings()
-        self.forward: Forward | None = None
-        self.driver: Driver | None = None
-        self.section: Section | None = None
-        self.depth = 0
-        """How many calls of the stack are open."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Progress:
-        return _Progress()
 
 
 class _EmbeddingHook:
@@ -108,7 +75,7 @@ class Insertion:
         self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
         self.told = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
-        self.progress = _Progress()
+        self.progress = Progress()
         self.compiled_seen = Sightings()
         self.overrides = 0
         """How many `insert_at` are open: what compiled code can know of them."""
@@ -166,13 +133,13 @@ class Insertion:
 
     @contextmanager
     def overridden(self, override: Override) -> Iterator[None]:
-        token = _OVERRIDES.set(_OVERRIDES.get() | {id(self): override})
+        token = OVERRIDES.set(OVERRIDES.get() | {id(self): override})
         self.overrides += 1
         try:
             yield
         finally:
             self.overrides -= 1
-            _OVERRIDES.reset(token)
+            OVERRIDES.reset(token)
 
     @contextmanager
     def driven(self, driver: Driver) -> Iterator[None]:
@@ -194,7 +161,7 @@ class Insertion:
 
     @property
     def override(self) -> Override | None:
-        return _OVERRIDES.get().get(id(self))
+        return OVERRIDES.get().get(id(self))
 
     @property
     def layers(self) -> tuple[int, ...]:

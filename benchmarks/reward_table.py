@@ -41,8 +41,8 @@ from envs.rendering import render_instructions
 BATCH = 32
 """Prompts in a batch of the independent arm."""
 MOST_INDEPENDENT = 4
-"""Questions about the large model's image that the independent arm runs, multiplied by how many there are: each
-costs the same."""
+"""Questions about the large model's image that the independent arm runs, each for so many of them: they cost
+the same."""
 HEADINGS = (
     "backbone", "questions an image", "independent s", "shared s", "times as fast", "FLOPs allow",
     "of the saving kept", "largest difference",
