@@ -194,6 +194,10 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     def _observe(self, prompt: int) -> NDArray[np.float32]:
         return np.concatenate([self.observations[prompt], self.skip_weights.feature([self._weight])[0]])
 
+    def close(self) -> None:
+        """Add the rewards computed since the last time to the table's folder, where it has one."""
+        self.table.flush()
+
     def _info(self, prompt: int) -> dict[str, Any]:
         return {
             "prompt": prompt,

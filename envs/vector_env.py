@@ -187,7 +187,8 @@ class InsertLayerVecEnv(VecEnv):
         return loss, bonus, -loss + weights * bonus
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Add the rewards computed since the last time to the table's folder, where it has one."""
+        self.table.flush()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The attribute, which all sub-environments share, once for each of `indices`."""

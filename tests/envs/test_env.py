@@ -445,7 +445,7 @@ def test_a_folder_s_rewards_are_taken_over_and_added_to(tiny_backbone, prompts, 
     )
     first.reset(options={"prompt": 0})
     loss = first.step(1)[4]["loss"]
-    first.unwrapped.table.flush()
+    first.close()
     second = InsertLayerEnv(tiny_backbone, prompts, insert_layers=(0, 4), table=tmp_path)
     assert second.table.losses[0, 1] == loss and np.isnan(second.table.losses).any()
     second.table.fill()
