@@ -49,12 +49,12 @@ class Section:
 
 
 def mask_maker(
-    seen: Tensor, rows: Tensor, keys: Tensor, windows: Sequence[int | None], additive: bool
+    seen: Tensor, rows: Tensor, keys: Tensor, windows: Sequence[int | None]
 ) -> Callable[[int, torch.dtype], Tensor]:
-    """Makes `Section.mask` from `seen` (B|1, R, K) bool, once for each window.
+    """Makes `Section.mask` from `seen` (B|1, R, K) bool: 0 where a key is seen, else the lowest number.
 
     `rows` (B|1, R) and `keys` (B|1, K) are positions in the full sequence, in which sliding windows are
-    measured; `additive` gives 0 and the lowest number instead of True and False, for eager attention.
+    measured. One mask serves all layers of a window: sdpa would convert a bool one in each of them.
     """
     made: dict[int | None, Tensor] = {}
 
@@ -62,10 +62,8 @@ def mask_maker(
         window = windows[layer]
         if window not in made:
             visible = seen if window is None else seen & (rows[:, :, None] - keys[:, None, :] < window)
-            if additive:
-                lowest = torch.finfo(dtype).min
-                visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
-            made[window] = visible[:, None]
+            lowest = torch.finfo(dtype).min
+            made[window] = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, lowest)[:, None]
         return made[window]
 
     return mask

@@ -43,13 +43,15 @@ class CannotShareError(ValueError):
 
 @dataclass(frozen=True)
 class Branches:
-    """Texts that continue B prefixes, for each a tree of R tokens.
+    """Texts that continue prefixes, in W trees of R tokens.
 
-    `ids` (B, R) are the tokens, `depth` (B, R) their distances from the end of the prefix, from 0 on, and
-    `seen` (B, R, R) bool says which of the others each one follows: those on its way, and itself. A tree
-    that has fewer tokens is filled with others that nobody sees but themselves.
+    `owner` (W,) is the prefix that each tree continues. `ids` (W, R) are the tokens, `depth` (W, R) their
+    distances from the end of the prefix, from 0 on, and `seen` (W, R, R) bool says which of the others each
+    one follows: those on its way, and itself. A tree that has fewer tokens is filled with others that nobody
+    sees but themselves.
     """
 
+    owner: Tensor
     ids: Tensor
     depth: Tensor
     seen: Tensor
@@ -108,7 +110,7 @@ class SharedPrefix:
     def run(
         self, branches: Sequence[Branches], insert_layers: Sequence[int]
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Final hidden states of each of `branches` at each insert layer: (layer, which, (B, R, D))."""
+        """Final hidden states of each of `branches` at each insert layer: (layer, which, (W, R, D))."""
         keep = frozenset(insert_layers)
         words = self._words_alone(keep)
         calls = self._embedded(branches)
@@ -119,13 +121,11 @@ class SharedPrefix:
                 continue
             cache = self._prefix_at(layer, words)
             for index, (branch, call) in enumerate(zip(branches, calls, strict=True)):
+                own = rows_of(cache, branch.owner, self.batch)
                 given = alone[index].kept.get(layer)
                 rows = len(self.prefix) + branch.depth
-                yield (
-                    layer,
-                    index,
-                    self._run(call, self.prefix, rows, branch.seen, cache, layer, states=given).states,
-                )
+                run = self._run(call, self.prefix, rows, branch.seen, own, layer, states=given)
+                yield layer, index, run.states
 
     def logits(self, states: Tensor) -> Tensor:
         """(R, V) logits of final hidden states (R, D), by the model's own head and all that goes with it."""
@@ -169,7 +169,7 @@ class SharedPrefix:
                 call["position_ids"] = call["position_ids"][..., :1, :]
             rows = self.ahead
             texts[key] = self._run(call, rows[:0], rows[None], causal(rows), DynamicCache(), 0).cache
-        return for_rows(texts[key], self.batch)
+        return rows_of(texts[key], self.prefix.new_zeros(self.batch), 1)
 
     def _words_alone(self, keep: frozenset[int]) -> Run:
         """Text between multimodal tokens, in layers that hold text only."""
@@ -181,19 +181,20 @@ class SharedPrefix:
 
     def _embedded(self, branches: Sequence[Branches]) -> list[dict[str, Any]]:
         """The stack's arguments for each of `branches`, which the model embeds without the features."""
-        texts = [self.sample, *(branch.ids for branch in branches)]
-        call, _ = self._captured({"input_ids": torch.cat(texts, dim=1)})
-        sample, *embeds = call["inputs_embeds"].split([ids.shape[1] for ids in texts], dim=1)
-        whole = self.call["inputs_embeds"][:, len(self.prefix) :]
-        if not torch.equal(sample[self.sampled], whole[self.sampled]):
+        sample = self.sample[self.sampled]
+        texts = [sample, *(branch.ids.flatten() for branch in branches)]
+        call, _ = self._captured({"input_ids": torch.cat(texts)[None]})
+        again, *embeds = call["inputs_embeds"][0].split([len(ids) for ids in texts])
+        if not torch.equal(again, self.call["inputs_embeds"][:, len(self.prefix) :][self.sampled]):
             raise CannotShareError("it embeds a text otherwise where there are features")
         calls = []
+        positions = self.call["position_ids"]
         for branch, own in zip(branches, embeds, strict=True):
             call = self._rows_of_call(self.prefix[:0])
-            positions = self.call["position_ids"]
-            rows = (len(self.prefix) + branch.depth).expand(*positions.shape[:-2], -1, -1)
-            call["position_ids"] = positions.expand(*rows.shape[:-1], -1).gather(-1, rows)
-            calls.append(call | {"inputs_embeds": own})
+            of_owner = positions.expand(*positions.shape[:-2], self.batch, -1).index_select(-2, branch.owner)
+            rows = (len(self.prefix) + branch.depth).expand(*of_owner.shape[:-1], -1)
+            call["position_ids"] = of_owner.gather(-1, rows)
+            calls.append(call | {"inputs_embeds": own.view(*branch.ids.shape, -1)})
         return calls
 
     def _branch_alone(
@@ -204,7 +205,8 @@ class SharedPrefix:
             return Run(call["inputs_embeds"], {}, text)
         past = torch.cat([self.ahead, self.rest[self.is_word]])
         rows = len(self.prefix) + branch.depth
-        return self._run(call, past, rows, branch.seen, text, 0, max(keep), keep)
+        own = rows_of(text, branch.owner, self.batch)
+        return self._run(call, past, rows, branch.seen, own, 0, max(keep), keep)
 
     def _prefix_at(self, layer: int, words: Run) -> DynamicCache:
         """Keys and values of the prefix from insert layer `layer` on."""
@@ -247,14 +249,13 @@ class SharedPrefix:
         """
         count = rows.shape[1]
         earlier = seen.new_ones(len(rows), count, len(past))
-        additive = self.insertion.stack.config._attn_implementation == "eager"
         keys = torch.cat([past.expand(len(rows), -1), rows], dim=1)
-        mask = mask_maker(torch.cat([earlier, seen], dim=2), rows, keys, self.insertion.windows, additive)
+        mask = mask_maker(torch.cat([earlier, seen], dim=2), rows, keys, self.insertion.windows)
         section = Section(start, self.num_layers if stop is None else stop, mask, states, placed, keep)
         section.in_tuples = self.in_tuples
         if placed is None:
             section.placed = seen.new_ones(count)
-        own = for_rows(cache, len(call["inputs_embeds"]))
+        own = rows_of(cache, None, 0)
         given = {"attention_mask": mask(0, call["inputs_embeds"].dtype), "past_key_values": own}
         with self.insertion.running(section):
             output = self.stock(**call, **given, use_cache=True)
@@ -267,15 +268,24 @@ def causal(rows: Tensor) -> Tensor:
     return (rows[None, :] <= rows[:, None])[None]
 
 
-def for_rows(cache: DynamicCache, batch: int) -> DynamicCache:
-    """A cache of `batch` rows that grows on its own; what one of one row or as many holds is not copied."""
+def rows_of(cache: DynamicCache, owner: Tensor | None, batch: int) -> DynamicCache:
+    """A cache that grows on its own, of rows `owner` (W,) of one of `batch` rows; None means all.
+
+    What it holds is copied only where some rows are wanted more than once beside others.
+    """
     own = copy.copy(cache)
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     own.layers = layers
+    if owner is None or (len(owner) == batch and torch.equal(owner, torch.arange(batch).to(owner))):
+        return own
     for layer in layers:
-        if layer.is_initialized and len(layer.keys) != batch:
-            layer.keys = layer.keys.expand(batch, -1, -1, -1)
-            layer.values = layer.values.expand(batch, -1, -1, -1)
+        if layer.is_initialized:
+            layer.keys, layer.values = (
+                each.expand(len(owner), -1, -1, -1)
+                if batch == 1
+                else each.index_select(0, owner.to(each.device))
+                for each in (layer.keys, layer.values)
+            )
     return own
 
 

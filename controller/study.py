@@ -5,6 +5,7 @@ The page holds what the commands wrote, so that no figure in it is typed by hand
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,13 @@ import numpy as np
 
 from backbones import load_backbone
 from envs.observations import Observation
+from envs.prompts import Prompt
 from envs.rewards import RewardTable
 
 from .ablation import ObservationAblationOptions
 from .ablation import run as run_ablation
 from .comparison import table as evaluate_table
+from .data import read_data
 from .evaluate import run as run_evaluate
 from .lambda_study import study as lambda_study
 from .options import (
@@ -35,7 +38,7 @@ from .options import (
 )
 from .recommend import run as run_recommend
 from .recommend import summary as recommend_summary
-from .runs import describe_machine, machine, read_result, replacing, start_run, write_result
+from .runs import describe_machine, machine, read_result, replacing, start_run, write_json, write_result
 from .sweep import run as run_sweep
 from .sweep import summary as sweep_summary
 from .training import run as run_training
@@ -53,8 +56,6 @@ class ControllerStudyOptions(RunOptions, BackboneOptions, DataOptions):
     """Weight λ of the skip bonus that policies are judged at."""
     seeds: int = 5
     """Policies of each algorithm."""
-    evaluated: float = 0.02
-    """Share of the data that the policy answers beside fixed layers."""
     bench: Path | None = None
     """Run folder of benchmarks/reward_table.py whose table goes into the document."""
     page: Path = Path("docs/controller.md")
@@ -87,7 +88,7 @@ def run(options: ControllerStudyOptions) -> dict[str, Any]:
     The same command again continues a run that was cut off.
     """
     check(options)
-    out = start_run(options)
+    out = start_run(options, ("bench", "page"))
     study = Study(options)
     table = out / "table"
     study.play("sweep", run_sweep, SweepOptions, table=table, agreement=True)
@@ -100,14 +101,8 @@ def run(options: ControllerStudyOptions) -> dict[str, Any]:
     study.play("recommend", run_recommend, RecommendOptions, policy=policy, table=table)
     best = study.results["train-policy-ppo"]["reward"]["best_fixed"]["insert_layer"]
     layers = ",".join(map(str, sorted({0, best})))
-    study.play(
-        "evaluate",
-        run_evaluate,
-        EvaluateOptions,
-        policy=policy,
-        insert_layers=layers,
-        fraction=options.evaluated,
-    )
+    unseen = {"data": held_out_file(options), "image_root": image_root(options), "fraction": 1.0}
+    study.play("evaluate", run_evaluate, EvaluateOptions, policy=policy, insert_layers=layers, **unseen)
     study.results["weights"] = weights(options, table)
     write_page(study, options.page)
     result = {"steps": study.results, "machine": machine()}
@@ -115,30 +110,42 @@ def run(options: ControllerStudyOptions) -> dict[str, Any]:
     return result
 
 
+def split(options: ControllerStudyOptions) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that every policy of the study is trained on, and those it is judged by."""
+    own = {name: getattr(options, name) for name in (*DataOptions.__dataclass_fields__, "out", "seed")}
+    train, held_out, _ = split_prompts(TrainPolicyOptions(**own))
+    return train, held_out
+
+
+def held_out_file(options: ControllerStudyOptions) -> Path:
+    """The records about the images that no policy was trained on, as a file of instructions."""
+    path = Path(options.out) / "held_out" / "instructions.json"
+    if not path.is_file():
+        images = {prompt.image_key for prompt in split(options)[1]}
+        records = json.loads(options.data.read_text("utf-8"))
+        write_json(path, [records[own.index] for own in read_data(options) if own.image_key in images])
+    return path
+
+
+def image_root(options: ControllerStudyOptions) -> Path:
+    return options.data.parent if options.image_root is None else options.image_root
+
+
 def weights(options: ControllerStudyOptions, folder: Path) -> dict[str, Any]:
     """One policy for a range of skip weights beside policies for one each, on the study's split."""
     out = Path(options.out) / "weights"
     if not (out / "result.json").is_file():
         print("\n== weights", flush=True)
-        train, held_out, _ = split_prompts(
-            TrainPolicyOptions(**{name: getattr(options, name) for name in SPLIT}, table=folder)
-        )
+        train, held_out = split(options)
         prompts = [*train, *held_out]
         backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
         table = RewardTable(backbone, prompts, folder=folder)
         seen = np.arange(len(prompts)) < len(train)
-        found = lambda_study(
-            table,
-            Observation()(backbone, prompts),
-            seen,
-            skip_weights=(0.0, 2 * options.skip_weight),
-            seed=options.seed,
-        )
+        views = Observation()(backbone, prompts)
+        high = 2 * options.skip_weight
+        found = lambda_study(table, views, seen, skip_weights=(0.0, high), seed=options.seed)
         write_result(out, found)
     return read_result(out)
-
-
-SPLIT = (*DataOptions.__dataclass_fields__, "out", "seed")
 
 
 def write_page(study: Study, page: Path) -> None:
@@ -159,6 +166,8 @@ def write_page(study: Study, page: Path) -> None:
         name = block["name"]
         if name not in filled:
             raise ValueError(f"{page}: block {name!r} is none of {', '.join(filled)}")
+        if filled[name] is None:
+            return block[0]
         return f"<!-- {name} -->\n{filled[name]}\n<!-- end -->"
 
     text = re.sub(r"<!-- (?P<name>\S+) -->\n.*?<!-- end -->", fill, page.read_text("utf-8"), flags=re.DOTALL)
@@ -166,12 +175,12 @@ def write_page(study: Study, page: Path) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def blocks(study: Study) -> dict[str, str]:
-    """Everything on the page that was computed."""
-    options, results = study.options, study.results
+def blocks(study: Study) -> dict[str, str | None]:
+    """Everything on the page that was computed; None stays as it is."""
+    options, results, bench = study.options, study.results, study.options.bench
     prompts = results["train-policy-ppo"]["prompts"]
     of = f"{Path(options.data).parent.name}, {options.fraction:.0%} of the records"
-    blocks = {
+    return {
         "data": f"{of}: {prompts['train']} training prompts and {prompts['held_out']} held out, with other "
         f"images. Machine: {describe_machine(machine())}.",
         "sweep": fenced(sweep_summary(results["sweep"])),
@@ -180,11 +189,9 @@ def blocks(study: Study) -> dict[str, str]:
         f"{results['weights']['least']:+.1%}.",
         "recommend": fenced(recommend_summary(results["recommend"])),
         "evaluate": fenced(evaluate_table(results["evaluate"])),
+        "bench": None if bench is None else (bench / "table.md").read_text("utf-8").strip(),
         **{algorithm: judgement(study, algorithm) for algorithm in ALGORITHMS},
     }
-    if options.bench is not None:
-        blocks["bench"] = (options.bench / "table.md").read_text("utf-8").strip()
-    return blocks
 
 
 def fenced(text: str) -> str:

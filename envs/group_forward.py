@@ -111,28 +111,18 @@ class GroupForward:
         return result
 
     def _alike(self, groups: Sequence[GroupPrompts]) -> list[list[GroupPrompts]]:
-        """Groups that can be rows of one batch: alike up to their last multimodal token, each in one pack."""
-        batches: list[list[GroupPrompts]] = []
-        open_batches: dict[Hashable, tuple[list[GroupPrompts], int]] = {}
+        """Groups that can be rows of one batch: alike up to their last multimodal token."""
+        batches: dict[Hashable, list[list[GroupPrompts]]] = {}
         for group in groups:
-            size = len(token_tree([text[:-1] for text in group.texts]).ids)
-            batch, widest = open_batches.get(group.layout, ([], 0))
-            widest = max(widest, size)
-            tokens = (len(batch) + 1) * (group.prefix + widest)
-            if size > self._most(group) or not batch or len(batch) == MOST_ROWS or tokens > self.batch_tokens:
-                batch, widest = [], size
-                batches.append(batch)
-            batch.append(group)
-            if size <= self._most(group):
-                open_batches[group.layout] = batch, widest
-        return batches
-
-    def _most(self, group: GroupPrompts) -> int:
-        """Tokens of a pack: many, so that calls are few; not so many that most are masked from others."""
-        return min(self.batch_tokens, max(LEAST_PACK, group.prefix // 2))
+            rows = max(1, min(MOST_ROWS, self.batch_tokens // len(group.inputs["input_ids"][0])))
+            alike = batches.setdefault(group.layout, [[]])
+            if len(alike[-1]) >= rows:
+                alike.append([])
+            alike[-1].append(group)
+        return [batch for alike in batches.values() for batch in alike]
 
     def _together(self, groups: Sequence[GroupPrompts], insert_layers: Sequence[int]) -> list[GroupResult]:
-        """Several groups of one pack each, or one group of many."""
+        """Groups that are alike, as rows of one batch of prefixes."""
         backbone, prefix = self.backbone, groups[0].prefix
         inputs = to_model(stacked([group.inputs for group in groups]), backbone.model)
         shared = SharedPrefix(backbone.model, inputs, prefix, self.texts)
@@ -142,18 +132,36 @@ class GroupForward:
             result.multimodal_tokens[:] = sum(token in backbone.placeholder_ids for token in ids)
             begins = [_last_begin(places) for places in group.answers]
             result.text_tokens[:] = prefix - result.multimodal_tokens + begins
-        # The last token of a text is predicted, never read.
-        texts = [[text[:-1] for text in group.texts] for group in groups]
-        runs = [packs(each, self._most(group)) for each, group in zip(texts, groups, strict=True)]
         branches, answers = [], []
-        for pack in range(len(runs[0])):
-            chosen = [run[pack] for run in runs]
-            trees = [token_tree([each[i] for i in own]) for each, own in zip(texts, chosen, strict=True)]
-            branches.append(_branches(trees, shared.prefix.device))
-            answers.append(_Answers.of(groups, chosen, trees))
+        for rows in self._calls(self._packs(groups), prefix):
+            branches.append(_branches(rows, shared.prefix.device))
+            answers.append(_Answers.of(groups, rows))
         for layer, index, states in shared.run(branches, insert_layers):
             answers[index].judge(shared, states, results, insert_layers.index(layer))
         return results
+
+    def _packs(self, groups: Sequence[GroupPrompts]) -> list[_Pack]:
+        """The texts of all groups in trees: large, so that the prefix is seldom repeated, but not so large
+        that most tokens are masked from one another."""
+        most = min(self.batch_tokens, max(LEAST_PACK, groups[0].prefix // 2))
+        found = []
+        for number, group in enumerate(groups):
+            texts = [text[:-1] for text in group.texts]  # the last token is predicted, never read
+            for members in packs(texts, most):
+                found.append(_Pack(number, members, token_tree([texts[index] for index in members])))
+        return found
+
+    def _calls(self, rows: Sequence[_Pack], prefix: int) -> list[list[_Pack]]:
+        """Packs that run as one batch, each with the keys of its prefix."""
+        calls: list[list[_Pack]] = []
+        widest = 0
+        for pack in rows:
+            widest = max(widest, len(pack.tree.ids))
+            if not calls or (len(calls[-1]) + 1) * (prefix + widest) > self.batch_tokens:
+                calls.append([])
+                widest = len(pack.tree.ids)
+            calls[-1].append(pack)
+        return calls
 
     @torch.inference_mode()
     def one_by_one(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
@@ -181,45 +189,53 @@ class GroupForward:
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """The A labelled tokens of B packs.
+class _Pack:
+    """Texts of group number `group`, its prompts `members`, as one tree."""
 
-    `group` (A,) and `owner` (A,) say whose each one is, the group and the prompt in it; `node` (A,) is the
-    place in the group's tree that predicts it, and `target` (A,) its id.
+    group: int
+    members: list[int]
+    tree: TokenTree
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The A labelled tokens of some packs.
+
+    `group` (A,) and `owner` (A,) say whose each one is, the group and the prompt in it; `row` (A,) and `node`
+    (A,) which pack predicts it, and where in its tree; `target` (A,) is its id.
     """
 
     group: NDArray[np.int64]
     owner: NDArray[np.int64]
+    row: NDArray[np.int64]
     node: NDArray[np.int64]
     target: NDArray[np.int64]
 
     @classmethod
-    def of(
-        cls, groups: Sequence[GroupPrompts], chosen: Sequence[Sequence[int]], trees: Sequence[TokenTree]
-    ) -> _Answers:
+    def of(cls, groups: Sequence[GroupPrompts], rows: Sequence[_Pack]) -> _Answers:
         labelled = [
-            (number, owner, path[place - 1], group.texts[owner][place])
-            for number, (group, own, tree) in enumerate(zip(groups, chosen, trees, strict=True))
-            for owner, path in zip(own, tree.paths, strict=True)
-            for place in group.answers[owner]
+            (pack.group, owner, row, path[place - 1], groups[pack.group].texts[owner][place])
+            for row, pack in enumerate(rows)
+            for owner, path in zip(pack.members, pack.tree.paths, strict=True)
+            for place in groups[pack.group].answers[owner]
         ]
         return cls(*np.array(labelled, dtype=np.int64).T)
 
     def judge(
         self, shared: SharedPrefix, states: torch.Tensor, results: Sequence[GroupResult], column: int
     ) -> None:
-        """Fill `column` of the owners from the final hidden states (B, R, D) of the trees."""
+        """Fill `column` of the owners from the final hidden states (W, R, D) of the packs."""
         losses, best = [], []
         for start in range(0, len(self.node), HEAD_ROWS):
             some = slice(start, start + HEAD_ROWS)
-            logits = shared.logits(states[self.group[some], self.node[some]])
+            logits = shared.logits(states[self.row[some], self.node[some]])
             target = torch.from_numpy(self.target[some]).to(logits.device)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses.append(F.cross_entropy(wide, target, reduction="none").double().cpu().numpy())
             best.append(logits.argmax(dim=-1).cpu().numpy())
         loss, said = np.concatenate(losses), np.concatenate(best)
-        for number, result in enumerate(results):
-            own = self.group == number
+        for number in np.unique(self.group):
+            own, result = self.group == number, results[number]
             owners, first, counts = np.unique(self.owner[own], return_index=True, return_counts=True)
             wrong = np.bincount(self.owner[own], weights=said[own] != self.target[own])
             result.losses[owners, column] = np.bincount(self.owner[own], weights=loss[own])[owners] / counts
@@ -241,16 +257,17 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _branches(trees: Sequence[TokenTree], device: torch.device) -> Branches:
-    """Trees of B prefixes, filled up to the size of the largest with tokens that see themselves alone."""
-    most = max(len(tree.ids) for tree in trees)
-    ids = np.full((len(trees), most), trees[0].ids[0])
-    depth = np.zeros((len(trees), most), dtype=np.int64)
-    seen = np.tile(np.eye(most, dtype=np.bool_), (len(trees), 1, 1))
-    for row, tree in enumerate(trees):
-        count = len(tree.ids)
+def _branches(rows: Sequence[_Pack], device: torch.device) -> Branches:
+    """Packs filled up to the size of the largest with tokens that see themselves alone."""
+    most = max(len(pack.tree.ids) for pack in rows)
+    owner = np.array([pack.group for pack in rows], dtype=np.int64)
+    ids = np.full((len(rows), most), rows[0].tree.ids[0])
+    depth = np.zeros((len(rows), most), dtype=np.int64)
+    seen = np.tile(np.eye(most, dtype=np.bool_), (len(rows), 1, 1))
+    for row, pack in enumerate(rows):
+        tree, count = pack.tree, len(pack.tree.ids)
         ids[row, :count], depth[row, :count], seen[row, :count, :count] = tree.ids, tree.depth, tree.seen
-    return Branches(*(torch.from_numpy(part).to(device) for part in (ids, depth, seen)))
+    return Branches(*(torch.from_numpy(part).to(device) for part in (owner, ids, depth, seen)))
 
 
 def _last_begin(places: Sequence[int]) -> int:

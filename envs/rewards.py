@@ -232,9 +232,12 @@ class RewardTable:
     @property
     def digest(self) -> str:
         """16 hex digits over what the losses were computed with, the prompts' contents, the candidates and
-        the losses known now: equal for equal tables alone."""
-        parts = hashlib.sha256(digest([self.origin, self.prompt_keys, list(self.insert_layers)]).encode())
-        parts.update(np.where(np.isnan(self.losses), np.nan, self.losses).astype("<f8").tobytes())
+        the losses known now: equal for equal tables alone, in whatever order their prompts are."""
+        order = np.argsort(np.array(self.prompt_keys), kind="stable")
+        keys = [self.prompt_keys[row] for row in order]
+        parts = hashlib.sha256(digest([self.origin, keys, list(self.insert_layers)]).encode())
+        losses = self.losses[order]
+        parts.update(np.where(np.isnan(losses), np.nan, losses).astype("<f8").tobytes())
         return parts.hexdigest()[:16]
 
     def loss(self, prompt: int, column: int) -> float:

@@ -68,7 +68,8 @@ def two_texts(tail):
     seen = torch.block_diag(lower, lower[1:, 1:]).bool()
     seen[count:, 0] = True
     depth = torch.cat([torch.arange(count), torch.arange(1, count)])
-    return other, Branches(torch.cat([tail, other[1:]])[None], depth[None], seen[None])
+    own = torch.zeros(1, dtype=torch.long)
+    return other, Branches(own, torch.cat([tail, other[1:]])[None], depth[None], seen[None])
 
 
 def check_branches(family: Family, model, row: int) -> None:
@@ -173,7 +174,9 @@ def test_a_model_is_itself_again_also_after_an_error(shares):
     with torch.no_grad():
         shared = SharedPrefix(model, inputs, length, {})
         list(shared.run([two_texts(tail)[1]], [0, 2]))
-        wrong = Branches(tail[None], torch.arange(len(tail))[None], torch.ones(1, 1, 1, dtype=torch.bool))
+        own = torch.zeros(1, dtype=torch.long)
+        lonely = torch.ones(1, 1, 1, dtype=torch.bool)
+        wrong = Branches(own, tail[None], torch.arange(len(tail))[None], lonely)
         with pytest.raises((RuntimeError, ValueError)):
             list(shared.run([wrong], [2]))
         with pytest.raises(CannotShareError, match="last multimodal token"):
