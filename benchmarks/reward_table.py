@@ -40,7 +40,7 @@ from envs.rendering import render_instructions
 
 BATCH = 32
 """Prompts in a batch of the independent arm."""
-MOST_INDEPENDENT = 4
+MOST_INDEPENDENT = 2
 """Questions about the large model's image that the independent arm runs, each for so many of them: they cost
 the same."""
 HEADINGS = (
