@@ -97,7 +97,7 @@ def train_policy(
         network=network,
         backbone_name=backbone[0],
         backbone_fingerprint=backbone[1],
-        table_digest=getattr(table, "digest", "0" * 16),
+        table_digest=table.digest,
         seed=seed,
         training=Training.from_table(table, skip_weight, bonus),
     )
