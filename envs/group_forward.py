@@ -6,6 +6,7 @@ The backbone is frozen and its attention causal, so questions run as branches of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ MOST_ROWS = 32
 
 LEAST_PACK = 256
 """Tokens of questions that run together even where the prefix is short."""
+
+LEAST_FILLED = 0.7
+"""Share of a pack's row in a batch that is its own tokens."""
 
 HEAD_ROWS = 1024
 """Rows of logits held at once."""
@@ -141,25 +145,25 @@ class GroupForward:
         return results
 
     def _packs(self, groups: Sequence[GroupPrompts]) -> list[_Pack]:
-        """The texts of all groups in trees: large, so that the prefix is seldom repeated, but not so large
-        that most tokens are masked from one another."""
+        """The texts of all groups in trees of about the same size: large, so that the prefix is seldom
+        repeated, but not so large that most tokens are masked from one another."""
         most = min(self.batch_tokens, max(LEAST_PACK, groups[0].prefix // 2))
         found = []
         for number, group in enumerate(groups):
             texts = [text[:-1] for text in group.texts]  # the last token is predicted, never read
-            for members in packs(texts, most):
+            size = len(token_tree(texts).ids)
+            for members in packs(texts, min(most, math.ceil(1.1 * size / math.ceil(size / most)))):
                 found.append(_Pack(number, members, token_tree([texts[index] for index in members])))
         return found
 
     def _calls(self, rows: Sequence[_Pack], prefix: int) -> list[list[_Pack]]:
-        """Packs that run as one batch, each with the keys of its prefix."""
+        """Packs that run as one batch, each with the keys of its prefix, and few tokens that only fill."""
         calls: list[list[_Pack]] = []
-        widest = 0
-        for pack in rows:
-            widest = max(widest, len(pack.tree.ids))
-            if not calls or (len(calls[-1]) + 1) * (prefix + widest) > self.batch_tokens:
+        for pack in sorted(rows, key=lambda pack: -len(pack.tree.ids)):
+            widest = len(calls[-1][0].tree.ids) if calls else 0
+            fits = calls and (len(calls[-1]) + 1) * (prefix + widest) <= self.batch_tokens
+            if not fits or len(pack.tree.ids) < LEAST_FILLED * widest:
                 calls.append([])
-                widest = len(pack.tree.ids)
             calls[-1].append(pack)
         return calls
 
