@@ -73,6 +73,8 @@ def run(options: SweepOptions) -> dict[str, Any]:
     files = RewardFiles(options.table or out / "table", table.origin)
     sweep = Sweep(backbone, prompts, table, files, layers if options.accuracy else (), options.batch_size)
     undone = sweep.run(*share, options.shard_prompts)
+    if table.apart:
+        print(f"Questions ran by themselves, sharing no prefix: {table.apart}", file=sys.stderr)
     if undone:
         print(undone, file=sys.stderr)
         return {"missing": sweep.missing()}

@@ -240,6 +240,11 @@ class RewardTable:
         parts.update(np.where(np.isnan(losses), np.nan, losses).astype("<f8").tobytes())
         return parts.hexdigest()[:16]
 
+    @property
+    def apart(self) -> str | None:
+        """Why prompts had to run by themselves, without sharing prefixes; None where none did so far."""
+        return None if self._forward is None else self._forward.apart
+
     def loss(self, prompt: int, column: int) -> float:
         """Loss in nats of prompt `prompt` at `insert_layers[column]`; computes its group where unknown."""
         self.compute([prompt], [column])

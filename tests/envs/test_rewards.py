@@ -219,6 +219,17 @@ def test_agreement_needs_layer_0(tiny_backbone, prompts):
     assert np.isnan(table.agreement).all()
 
 
+def test_a_table_says_why_prompts_ran_by_themselves(tiny_backbone, prompts, table):
+    assert table.apart is None
+    tiny_backbone.model.train()
+    try:
+        alone = RewardTable(tiny_backbone, prompts[:1], (0,))
+        alone.fill()
+    finally:
+        tiny_backbone.model.eval()
+    assert alone.apart == "it is in training mode"
+
+
 def test_digest_tells_tables_apart(tiny_backbone, prompts, table):
     other = RewardTable(tiny_backbone, prompts, LAYERS)
     assert other.identity == table.identity and other.digest != table.digest
