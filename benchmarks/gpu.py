@@ -18,9 +18,9 @@ import torch
 import tyro
 
 from backbones import CostModel
-from controller.bench import Subject, finish, measure_cells
 from controller.options import RunOptions, check, parse_layers
 from controller.performance.batches import make_batch, tokens_per_image
+from controller.performance.bench import Subject, finish, measure_cells
 from controller.performance.grids import Cell
 from controller.performance.host_syncs import find_syncs
 from controller.performance.published import PUBLISHED

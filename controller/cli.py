@@ -31,42 +31,42 @@ COMMANDS = {
     "demo": Command(command_options.DemoOptions, "demo", "deepinsert demo"),
     "sweep": Command(
         command_options.SweepOptions,
-        "sweep",
+        "policy.sweep",
         "deepinsert sweep --data runs/demo/data/train/instructions.json --sources coco,textvqa "
         "--insert-layers 0-7 --out runs/sweep",
     ),
     "train-policy": Command(
         command_options.TrainPolicyOptions,
-        "training",
+        "policy.training",
         "deepinsert train-policy --data runs/demo/data/train/instructions.json --fraction 0.5 "
         "--skip-weight 0.5 --out runs/policy",
     ),
     "recommend": Command(
         command_options.RecommendOptions,
-        "recommend",
+        "policy.recommend",
         'deepinsert recommend --policy runs/demo/train-policy --prompt "What digit is drawn?" '
         "--out runs/recommend",
     ),
     "finetune": Command(
         command_options.FinetuneOptions,
-        "finetune",
+        "variants.finetune",
         "deepinsert finetune --data runs/demo/data/train/instructions.json --insert-layer 3 --steps 100 "
         "--out runs/variant",
     ),
     "evaluate": Command(
         command_options.EvaluateOptions,
-        "evaluate",
+        "variants.evaluate",
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
     "bench": Command(
         command_options.BenchOptions,
-        "bench",
+        "performance.bench",
         "deepinsert bench --out runs/bench",
     ),
     "predict": Command(
         command_options.PredictOptions,
-        "predict",
+        "performance.predict",
         "deepinsert predict --device-name H100 --text-tokens 16 --batch-size 8 --out runs/predict",
     ),
 }

@@ -17,7 +17,6 @@ from typing import Any
 from backbones.loading import TINY
 from envs.rendering import render_instructions
 
-from .comparison import columns
 from .options import (
     DemoOptions,
     EvaluateOptions,
@@ -27,6 +26,7 @@ from .options import (
     TrainPolicyOptions,
 )
 from .runs import describe_machine, machine, read_result, same_run, start_run, write_json, write_result
+from .variants.comparison import columns
 
 STEPS = ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate")
 INSTRUCTIONS = "instructions.json"

@@ -12,7 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from controller.study import ControllerStudyOptions, run
+from controller.studies.controller_study import ControllerStudyOptions, run
 
 if __name__ == "__main__":
     run(tyro.cli(ControllerStudyOptions, description=__doc__))

@@ -12,7 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from controller.ablation import ObservationAblationOptions, run
+from controller.studies.ablation import ObservationAblationOptions, run
 
 if __name__ == "__main__":
     run(tyro.cli(ObservationAblationOptions, description=__doc__))

@@ -12,7 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from controller.pretraining import PretrainTinyOptions, run
+from controller.tiny.pretraining import PretrainTinyOptions, run
 
 if __name__ == "__main__":
     run(tyro.cli(PretrainTinyOptions, description=__doc__))

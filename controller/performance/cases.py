@@ -16,10 +16,10 @@ import torch
 
 from backbones import CostModel, deep_insert, insert_at, remove_deep_insert
 from backbones.families import base_model_of, placeholder_token_ids
-from controller import timing
-from controller.options import FinetuneOptions
-from controller.recipe import make_trainable, parameter_groups
 
+from ..options import FinetuneOptions
+from ..variants import timing
+from ..variants.recipe import make_trainable, parameter_groups
 from . import ideal
 from .arms import Clock, Spent, compare, take_turns
 from .batches import Batch

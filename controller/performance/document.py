@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from controller.runs import read_config, read_result, replacing
-
+from ..runs import read_config, read_result, replacing
 from .tables import HEADINGS, describe_cell, markdown_table, measured_on, summary, table_rows
 
 PICTURES = {

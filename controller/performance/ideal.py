@@ -14,8 +14,8 @@ from torch import nn
 from backbones import CostModel
 from backbones.families import base_model_of, find_stack
 from backbones.module_costs import linear_flops
-from controller.recipe import projectors
 
+from ..variants.recipe import projectors
 from .batches import Batch
 
 ATTENTION_BACKWARD = 2.5

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from controller.runs import describe_machine, save_figure
-
+from ..runs import describe_machine, save_figure
 from .goals import PREFILL_KEPT
 
 PAPER_KEPT = (0.49, 0.64)
@@ -102,3 +101,31 @@ def _label(cell: Mapping[str, Any], part: str) -> str:
     kind = {"train-full": ", full", "train-lora": ", LoRA"}.get(cell["case"], "")
     size = f"{cell['rows']} x ({cell['text_tokens']} + {cell['multimodal_tokens']})"
     return f"{case.replace('_', ' + ')}{kind}, {size}, {cell['model']}"
+
+
+def predicted_ratios(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Prefill, decode and KV cache by insert layer as a share of the stock model's, by the roofline model."""
+    layers = [row["insert_layer"] for row in result["layers"]]
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="0.6", linewidth=1)
+    lines = {
+        "prefill_ratio": f"prefill time ({result['stock']['prefill']['ms']:.3g} ms)",
+        "decode_ratio": f"decode time of a token ({result['stock']['decode']['ms']:.3g} ms)",
+        "kv_cache_ratio": f"KV cache ({result['stock']['kv_cache_bytes'] / 1e6:.4g} MB)",
+        "flops_ratio": "FLOPs of the prefill",
+    }
+    for name, label in lines.items():
+        ratios = [row[name] for row in result["layers"]]
+        axes.plot(layers, ratios, marker="o", markersize=4, label=label, ls="--" if "flops" in name else "-")
+    axes.set(
+        title=f"Expected of {result['device']['name']}: {result['rows']} x ({result['text_tokens']} text + "
+        f"{result['multimodal_tokens']} multimodal) tokens",
+        ylabel="against the stock model",
+    )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("insert layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="stock model in brackets")
+    return save_figure(figure, path)

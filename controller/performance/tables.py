@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from controller.runs import describe_machine
-
+from ..runs import describe_machine
 from .goals import verdict
 
 TITLES = {

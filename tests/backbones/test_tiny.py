@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from backbones.loading import TINY
-from controller.tiny_figures import TEXT_KINDS, judge
+from controller.tiny.figures import TEXT_KINDS, judge
 from envs.rendering import COLOURS, SHAPES, WORDS, draw_scene, questions, render
 
 FIGURES = json.loads((TINY / "figures.json").read_text())

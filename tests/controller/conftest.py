@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from controller.expectations import Training
-from controller.frontier import frontier
-from controller.policy import LayerPolicy
+from controller.policy.expectations import Training
+from controller.policy.frontier import frontier
+from controller.policy.layer_policy import LayerPolicy
 from envs.observations import Normaliser, Observation
 from envs.rewards import RewardTable
 from envs.skip_weights import SkipWeights

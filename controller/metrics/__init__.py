@@ -1,0 +1,1 @@
+"""Whether answers are right: metrics as their benchmarks define them."""

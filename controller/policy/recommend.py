@@ -1,0 +1,206 @@
+"""`recommend`: what a trained policy advises, for one prompt or for a data set to finetune on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbones import load_backbone
+from envs.prompt_keys import prompt_keys
+from envs.prompts import Prompt
+from envs.rewards import RewardTable
+
+from ..data import image_prompts
+from ..options import RecommendOptions, check, flag
+from ..runs import read_config, read_result, start_run, write_result
+from .data_advice import advise, per_prompt, policy_sentence
+from .layer_policy import LayerPolicy
+from .plots import plot_pareto, plot_recommendation
+from .policy_files import HELD_OUT
+
+TABLE = "table"
+
+
+def run(options: RecommendOptions) -> dict[str, Any]:
+    """Ask the policy in `options.policy` and write `result.json`; for a data set `recommend.png` and, where
+    FLOPs are known, `pareto.png` too.
+
+    A finished run is not repeated. Raises `ValueError` unless exactly one of a prompt and a data set is
+    given, for a wish that the policy cannot meet, for a backbone that it was not trained on, for a table that
+    does not hold the prompts, and for data without a prompt that has an image.
+    """
+    check(options)
+    out = start_run(options)
+    if (out / "result.json").is_file():
+        result = read_result(out)
+        print(summary(result))
+        return result
+    policy = LayerPolicy.load(options.policy)
+    wishes = {name: getattr(options, name) for name in ("skip_weight", "flops_ratio", "max_loss_increase")}
+    skip_weight = asked(policy, wishes)
+    policy.backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
+    policy.checked_backbone()
+    if options.prompt is not None:
+        result = for_prompt(policy, Prompt.from_question(options.prompt, options.image), skip_weight)
+    else:
+        prompts, text_only = image_prompts(options)
+        result = for_data(policy, prompts, skip_weight, options)
+        result["prompts"]["text_only_left_out"] = text_only
+        plot_recommendation(result, out / "recommend.png")
+        if result["pareto"] is not None:
+            plot_pareto(result, out / "pareto.png")
+    result["asked"] = {name: value for name, value in wishes.items() if value is not None}
+    write_result(out, result)
+    print(summary(result))
+    return read_result(out)
+
+
+def asked(policy: LayerPolicy, wishes: dict[str, float | None]) -> float:
+    """The skip weight that the options ask for; their names stand in the error where there is none."""
+    try:
+        return policy.asked_skip_weight(**wishes)
+    except ValueError as error:
+        text = str(error)
+        for name in wishes:
+            text = text.replace(name, flag(name))
+        raise ValueError(text) from None
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The advice in two or three lines."""
+    what = result["expected"]
+    ratio = "unknown" if what["flops_ratio"] is None else f"{what['flops_ratio']:.3f}"
+    figures = f"expected loss {what['loss']:.4f} nats, prefill FLOPs ratio {ratio}"
+    layer, weight = result["insert_layer"], f"skip weight {result['skip_weight']:g}"
+    if result["confidence_interval"] is None:
+        return (
+            f"insert layer {layer} (probability {result['probability']:.2f}, {weight}), {figures}\n"
+            + (result["note"])
+        )
+    low, high = result["mean_interval"]
+    lines = [
+        f"insert layer {layer} by the {result['chosen_by']} ({weight}), {figures}",
+        f"mean of the {len(result['per_prompt'])} prompts' layers {result['mean_insert_layer']:.2f}, 95 % "
+        f"interval {low:.2f} to {high:.2f}: depth {result['mean_depth']:.2f} (paper: "
+        f"{result['paper_mean_depth']})",
+        result["verdict"],
+    ]
+    lines += [result["caveat"]] if result["caveat"] else []
+    lines += [result["table"]["note"]] if result["table"] and result["table"]["note"] else []
+    return "\n".join(lines)
+
+
+def for_prompt(policy: LayerPolicy, prompt: Prompt, skip_weight: float | None = None) -> dict[str, Any]:
+    """The layer for one prompt, its probability, and what to expect there: the training prompts' mean loss,
+    this prompt's FLOPs ratio, and the depth."""
+    advice = policy.recommend_prompts([prompt], skip_weight)[0]
+    note = "The expected loss is the mean of the policy's training prompts at this layer."
+    if not prompt.images:
+        note += " Without an image nothing enters at the insert layer: the choice changes nothing."
+    return {
+        "question": prompt.question,
+        "skip_weight": advice.skip_weight,
+        "insert_layer": advice.insert_layer,
+        "confidence_interval": None,
+        "probability": advice.probability,
+        "probabilities": advice.probabilities,
+        "expected": asdict(advice.expected) | {"saving": 1 - advice.expected.flops_ratio},
+        "per_prompt": [per_prompt(prompt, advice.insert_layer, advice.probability)],
+        "note": note,
+        "verdict": policy_sentence(policy, advice.skip_weight),
+    }
+
+
+def for_data(
+    policy: LayerPolicy, prompts: Sequence[Prompt], skip_weight: float, options: RecommendOptions
+) -> dict[str, Any]:
+    """The advice for a data set, with the reward table of its prompts where there is one."""
+    folder, named = options.table, f"--table {options.table}"
+    whole = table = held_out = None
+    if folder is not None:
+        whole = RewardTable.load(folder, policy.insert_layers)
+    elif (own := table_of_policy(options.policy)) is not None:
+        folder, named = own, f"--policy {options.policy}"
+        whole = RewardTable.load(folder, policy.insert_layers)
+        # The policy's own table may be about other prompts; the policy alone then has to do.
+        whole = whole if set(prompt_keys(prompts)) <= set(whole.prompt_keys) else None
+    if whole is not None:
+        table = table_of(whole, policy, prompts, named)
+        if (options.policy / HELD_OUT).is_file():
+            unseen = held_out_keys(options.policy / HELD_OUT)
+            held_out = np.array([key in unseen for key in table.prompt_keys])
+    result = advise(
+        policy,
+        prompts,
+        skip_weight=skip_weight,
+        table=table,
+        held_out=held_out,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    result["table"] = None if whole is None else about_table(whole, folder, policy)
+    return result
+
+
+def table_of_policy(run: Path) -> Path | None:
+    """The reward table that train-policy used, in its run folder or where `--table` put it; None where it is
+    gone."""
+    told = (read_config(run) or {}).get("options", {}).get("table")
+    folder = Path(told) if told else run / TABLE
+    return folder if folder.is_dir() else None
+
+
+def about_table(table: RewardTable, folder: Path | None, policy: LayerPolicy) -> dict[str, Any]:
+    """Which reward table the advice rests on, and whether the policy was trained on just this one."""
+    digest = table.digest
+    same = digest == policy.table_digest
+    note = f"Rewards of table {digest}; the policy was trained on another, {policy.table_digest}."
+    return {"folder": folder, "digest": digest, "trained_on": same, "note": None if same else note}
+
+
+def held_out_keys(path: Path) -> set[str]:
+    """Keys of the prompts that train-policy kept for judging.
+
+    Raises `ValueError` where `path` does not hold them.
+    """
+    try:
+        return {str(key) for key in json.loads(path.read_text("utf-8"))["prompt_keys"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} does not list prompts ({error}); remove it, and all prompts are judged on"
+        ) from None
+
+
+def table_of(whole: RewardTable, policy: LayerPolicy, prompts: Sequence[Prompt], named: str) -> RewardTable:
+    """The part of `whole` about just these prompts, in their order.
+
+    Raises `ValueError`, saying what is `named`, where the table is another backbone's or does not know all.
+    """
+    fingerprint = whole.origin["fingerprint"]
+    if fingerprint != policy.backbone_fingerprint:
+        raise ValueError(
+            f"{named}: its losses are those of backbone {fingerprint}, the policy's is "
+            f"{policy.backbone_name!r} ({policy.backbone_fingerprint}); give a table of the policy's backbone"
+        )
+    position = {key: index for index, key in enumerate(whole.prompt_keys)}
+    rows = [position.get(key, -1) for key in prompt_keys(prompts)]
+    if -1 in rows:
+        raise ValueError(
+            f"{named}: {rows.count(-1)} of the {len(rows)} prompts are not in its reward table; sweep the "
+            "data set with deepinsert sweep, or leave --table out"
+        )
+    table = whole.subset(rows)
+    if not table.complete:
+        missing = int(np.isnan(table.losses).any(axis=0).argmax())
+        raise ValueError(
+            f"{named}: losses at insert layer {policy.insert_layers[missing]} are missing; sweep the data "
+            f"set at layers {','.join(map(str, policy.insert_layers))} with deepinsert sweep"
+        )
+    if table.times is None and policy.training.times is not None:
+        table.times = np.array(policy.training.times)
+    return table

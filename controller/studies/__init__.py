@@ -1,0 +1,1 @@
+"""Several commands on one data set, and the pages and tables they fill."""

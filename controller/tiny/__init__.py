@@ -1,0 +1,1 @@
+"""How the embedded tiny backbone is made from nothing."""

@@ -1,0 +1,154 @@
+"""Measured time and memory: prefill and decode of variants side by side, bytes of the real cache.
+
+Each forward that `generate` makes is timed where the model is called, the device synchronised before and
+after: what is measured is what a user of `generate` waits for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backbones import Backbone, CostModel
+from envs.prompts import Prompt
+from envs.time_bonus import WARM_UP, synchronise
+
+from ..answers import generation_inputs
+from ..runs import progress
+from .judged import Variant
+
+DECODE_TOKENS = 8
+
+
+@dataclass
+class Forwards:
+    """Milliseconds of the forwards of one `generate`: the prefill, then one for each further token."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    cache_bytes: int = 0
+    """Bytes of all keys and values after the prefill, for the whole batch."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeated measurements of one batch: a value of each for every repeat, in ms."""
+
+    batch_size: int
+    prefill_ms: list[float]
+    decode_ms: list[float]
+    """Per new token of the whole batch, mean over a repeat's tokens."""
+    choice_ms: list[float]
+    """In which a policy chose the layers, words and images read included; 0 without one."""
+
+
+def time_variants(
+    variants: Sequence[Variant],
+    prompts: Sequence[Prompt],
+    batches: Mapping[str, NDArray[Any]],
+    repeats: int,
+    new_tokens: int = DECODE_TOKENS,
+) -> dict[str, list[Timing]]:
+    """Time every variant on each named batch, rows of `prompts`, each at the variant's insert layer for it; a
+    list in the order of `variants` for each name.
+
+    A repeat goes through all variants, the order turned around each time, so that whatever else slows the
+    machine falls on all of them. Warm-up repeats are not counted.
+    """
+    rounds = [(name, repeat) for name in batches for repeat in range(-WARM_UP, repeats)]
+    inputs: list[dict[str, torch.Tensor]] = []
+    found: dict[str, list[Timing]] = {}
+    for name, repeat in progress(rounds, "timing"):
+        asked = [prompts[row] for row in batches[name]]
+        if name not in found:
+            found[name] = [Timing(len(asked), [], [], []) for _ in variants]
+            inputs = [generation_inputs(variant.backbone, asked) for variant in variants]
+        order = list(range(len(variants)))
+        for index in order if repeat % 2 == 0 else reversed(order):
+            variant, timing = variants[index], found[name][index]
+            with variant.backbone.insert_at(variant.insert_layers[batches[name]].tolist()):
+                forwards = time_forwards(variant.backbone, inputs[index], new_tokens)
+            choice = time_choice(variant, asked)
+            if repeat >= 0:
+                timing.prefill_ms.append(forwards.milliseconds[0])
+                timing.decode_ms.append(float(np.mean(forwards.milliseconds[1:])))
+                timing.choice_ms.append(choice)
+    return found
+
+
+def time_choice(variant: Variant, prompts: Sequence[Prompt]) -> float:
+    """Milliseconds in which a policy chooses the layers of a batch, from its words on; 0 without a policy."""
+    if variant.policy is None:
+        return 0.0
+    started = time.perf_counter()
+    variant.policy.layers(variant.backbone, prompts, variant.skip_weight)
+    synchronise(variant.backbone.device)
+    return 1000 * (time.perf_counter() - started)
+
+
+def time_forwards(backbone: Backbone, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Forwards:
+    """Generate exactly `new_tokens` tokens for each row, greedily, and time each forward on the way."""
+    model: Any = backbone.model
+    with timed(backbone) as forwards, torch.inference_mode():
+        model.generate(
+            **inputs, do_sample=False, num_beams=1, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+        )
+    return forwards
+
+
+@contextmanager
+def timed(backbone: Backbone) -> Iterator[Forwards]:
+    """Time every forward of the model in this block, and weigh the cache that the first one leaves."""
+    forwards = Forwards()
+    started = 0.0
+
+    def before(module: torch.nn.Module, args: Any) -> None:
+        nonlocal started
+        synchronise(backbone.device)
+        started = time.perf_counter()
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        synchronise(backbone.device)
+        forwards.milliseconds.append(1000 * (time.perf_counter() - started))
+        if len(forwards.milliseconds) == 1:
+            forwards.cache_bytes = cache_bytes(output.past_key_values)
+
+    handles = [
+        backbone.model.register_forward_pre_hook(before),
+        backbone.model.register_forward_hook(after),
+    ]
+    try:
+        yield forwards
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a `transformers` cache holds."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def measure_cache(
+    backbone: Backbone, prompts: Sequence[Prompt], insert_layers: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Bytes of the cache after the prefill of each prompt alone at its insert layer: measured, and by
+    `CostModel`'s formula."""
+    costs = CostModel.from_model(backbone.model)
+    placeholders = torch.tensor(sorted(backbone.placeholder_ids), device=backbone.device)
+    found = []
+    for prompt, layer in zip(prompts, insert_layers, strict=True):
+        inputs = generation_inputs(backbone, [prompt])
+        multimodal = int(torch.isin(inputs["input_ids"], placeholders).sum())
+        text = inputs["input_ids"].shape[1] - multimodal
+        formula = costs.kv_cache_bytes(text, multimodal, layer)
+        with backbone.insert_at(layer):
+            found.append((time_forwards(backbone, inputs, 1).cache_bytes, formula))
+    return found

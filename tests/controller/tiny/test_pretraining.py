@@ -1,0 +1,79 @@
+"""The tiny backbone's recipe: packed questions are the questions alone, and the whole chain runs."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from backbones import insert_at, load_backbone
+from controller.tiny.alignment import GROUPS, describe_patches, pixels
+from controller.tiny.muon import orthogonalise
+from controller.tiny.packing import answer_scores, by_question, pack
+from controller.tiny.pretraining import ALL_KINDS, PretrainTinyOptions, draw_insert_layer, run
+from envs.rendering import draw_scene, questions, render
+
+
+@pytest.mark.parametrize("insert_layer", [0, 3, 8])
+def test_a_packed_question_has_the_loss_it_has_alone(tiny_backbone, insert_layer):
+    model, processor = tiny_backbone.model, tiny_backbone.processor
+    rng = random.Random(0)
+    scenes = [draw_scene(source, rng, "train") for source in ("gqa", "coco")]
+    asked = [[[question] for question in questions(scene, rng, ALL_KINDS)[:5]] for scene in scenes]
+    images = [render(scene) for scene in scenes]
+    packed = pack(processor.tokenizer, asked, pixels(images))
+    with torch.no_grad():
+        together = by_question(packed, answer_scores(model, packed, insert_layer)[0], "mean")
+        alone = []
+        for image, branches in zip(images, asked, strict=True):
+            for [question] in branches:
+                content = [{"type": "image"}, {"type": "text", "text": question.text}]
+                answer = [{"type": "text", "text": question.answer}]
+                messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+                text = processor.apply_chat_template(messages)
+                inputs = processor(images=[image], text=[text], return_tensors="pt")
+                start = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+                before = processor(images=[image], text=[start], return_tensors="pt")["input_ids"].shape[1]
+                with insert_at(model, insert_layer):
+                    logits = model(**inputs).logits[0, before - 1 : -1]
+                alone.append(torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, before:]))
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_patches_are_described_by_what_lies_on_them():
+    rng = random.Random(3)
+    for _ in range(50):
+        scene = draw_scene("gqa", rng, "train")
+        labels = describe_patches(scene)
+        named = {GROUPS["what"][label] for label in labels[0]} - {"empty"}
+        assert named == {item.what for item in scene.items}
+        assert ((labels[1] >= 0) == (labels[0] > 0)).all()
+
+
+def test_orthogonalised_updates_are_nearly_orthogonal():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 48, 16), (2, 16, 48)):
+        singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert singular.min() > 0.3 and singular.max() < 1.5
+
+
+def test_insert_layers_are_drawn_as_the_card_says():
+    rng = random.Random(0)
+    drawn = [draw_insert_layer(rng, 8) for _ in range(4000)]
+    assert 0.46 < drawn.count(0) / len(drawn) < 0.54
+    counts = [drawn.count(layer) for layer in range(1, 8)]
+    assert counts == sorted(counts, reverse=True) and counts[-1] > 0
+
+
+def test_the_whole_recipe_in_seconds(tmp_path):
+    result = run(PretrainTinyOptions(out=tmp_path, quick=True))
+    folder = tmp_path / "model"
+    assert json.loads((folder / "figures.json").read_text())["loss"] == result["loss"]
+    assert "| caption |" in (folder / "README.md").read_text()
+    assert (folder / "curves.png").stat().st_size > 0
+
+    backbone = load_backbone(folder)
+    assert backbone.num_layers == 8 and backbone.insert_layer == 0
+    assert backbone.tokenizer.get_vocab() == load_backbone("tiny").tokenizer.get_vocab()
