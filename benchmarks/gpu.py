@@ -18,7 +18,8 @@ import torch
 import tyro
 
 from backbones import CostModel
-from controller.options import RunOptions, check, parse_layers
+from controller.option_checks import check, parse_layers
+from controller.options import RunOptions
 from controller.performance.batches import make_batch, tokens_per_image
 from controller.performance.bench import Subject, finish, measure_cells
 from controller.performance.grids import Cell

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from . import options as command_options
+from .option_checks import check
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: Any = None
     try:
         name, options = parse(words or ["--help"])
-        command_options.check(options)
+        check(options)
         quieten()
         importlib.import_module(f".{COMMANDS[name].module}", __package__).run(options)
         print(f"Run folder: {options.out}")

@@ -8,7 +8,7 @@ from typing import Protocol
 from envs.instructions import InstructionData, load_instructions
 from envs.prompts import Prompt, prompts_from
 
-from .options import parse_share, parse_sources
+from .option_checks import parse_share, parse_sources
 
 
 class DataChoice(Protocol):

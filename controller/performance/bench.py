@@ -21,7 +21,8 @@ import torch
 from backbones import CostModel, eq5_flops, load_backbone, remove_deep_insert
 
 from ..answers import generation_inputs
-from ..options import BENCH_CASES, BenchOptions, check, parse_cases, parse_layers
+from ..option_checks import BENCH_CASES, check, parse_cases, parse_layers
+from ..options import BenchOptions
 from ..performance import ideal
 from ..runs import machine, progress_by_cost, read_result, start_run, write_json, write_result
 from .batches import Batch, describe, make_batch, tokens_per_image

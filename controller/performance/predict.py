@@ -16,7 +16,8 @@ from backbones.encoder_costs import TiledEncoder
 from backbones.loading import TINY
 from backbones.roofline import Device, Prediction, device_named, predict
 
-from ..options import PredictOptions, check, parse_layers
+from ..option_checks import check, parse_layers
+from ..options import PredictOptions
 from ..runs import start_run, write_result
 from .pictures import predicted_ratios
 

@@ -16,7 +16,8 @@ from envs.prompts import Prompt
 from envs.rewards import RewardTable
 
 from ..data import image_prompts
-from ..options import RecommendOptions, check, flag
+from ..option_checks import check, flag
+from ..options import RecommendOptions
 from ..runs import read_config, read_result, start_run, write_result
 from .data_advice import advise, per_prompt, policy_sentence
 from .layer_policy import LayerPolicy

@@ -26,7 +26,8 @@ from envs.reward_files import RewardFiles
 from envs.rewards import RewardTable
 
 from ..data import read_data
-from ..options import SweepOptions, parse_layers, parse_shard
+from ..option_checks import parse_layers, parse_shard
+from ..options import SweepOptions
 from ..runs import read_result, same_run, start_run, write_result
 from .greedy_answers import judge
 from .sweep_figures import Measured, figures, plot, summary

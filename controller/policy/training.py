@@ -22,7 +22,8 @@ from envs.observations import Observation
 from envs.rewards import RewardTable
 
 from ..data import image_prompts
-from ..options import TrainPolicyOptions, check, parse_layers, parse_observation, parse_skip_weights
+from ..option_checks import check, parse_layers, parse_observation, parse_skip_weights
+from ..options import TrainPolicyOptions
 from ..runs import read_result, replacing, start_run, write_json, write_result
 from ..statistics import Interval
 from .algorithms import STEPS

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from backbones import load_backbone
 from envs.observations import Observation
 
-from ..options import TrainPolicyOptions, check, parse_observation
+from ..option_checks import check, parse_observation
+from ..options import TrainPolicyOptions
 from ..policy.baselines import FEW_IMAGES
 from ..policy.training import judge_policies, reward_table, split_prompts, train_seeds
 from ..runs import read_result, replacing, start_run, write_json, write_result

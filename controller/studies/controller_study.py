@@ -21,6 +21,7 @@ from envs.prompts import Prompt
 from envs.rewards import RewardTable
 
 from ..data import read_data
+from ..option_checks import check
 from ..options import (
     BackboneOptions,
     DataOptions,
@@ -29,7 +30,6 @@ from ..options import (
     RunOptions,
     SweepOptions,
     TrainPolicyOptions,
-    check,
 )
 from ..policy.recommend import run as run_recommend
 from ..policy.recommend import summary as recommend_summary

@@ -18,7 +18,8 @@ from envs.prompts import Prompt, prompts_from
 from ..answers import generate_answers, losses_and_flops
 from ..data import read_data
 from ..metrics.exact_match import exact_match
-from ..options import EvaluateOptions, check
+from ..option_checks import check
+from ..options import EvaluateOptions
 from ..runs import machine, read_result, replacing, start_run, write_result
 from .comparison import Comparison, Predictions, plot, table
 from .judged import Variant, load_variants

@@ -36,7 +36,8 @@ from backbones import Backbone, load_backbone
 from envs.prompts import Prompt, encode, prompts_from
 
 from ..data import read_data
-from ..options import FinetuneOptions, check
+from ..option_checks import check
+from ..options import FinetuneOptions
 from ..runs import progress, read_result, replacing, save_figure, start_run, write_result
 from .checkpoints import ResumableTrainer, replacing_folder
 from .recipe import learning_rate, make_trainable, parameter_groups, training_arguments

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from backbones import Backbone, load_backbone
 from envs.prompts import Prompt
 
-from ..options import EvaluateOptions, parse_layers
+from ..option_checks import parse_layers
+from ..options import EvaluateOptions
 from ..policy.layer_policy import LayerPolicy
 
 

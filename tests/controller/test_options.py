@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 
 from controller import options
+from controller.option_checks import (
+    parse_layers,
+    parse_observation,
+    parse_share,
+    parse_skip_weights,
+    parse_sources,
+)
 from controller.options import (
     EvaluateOptions,
     FinetuneOptions,
     RecommendOptions,
     SweepOptions,
     TrainPolicyOptions,
-    parse_layers,
-    parse_observation,
-    parse_share,
-    parse_skip_weights,
-    parse_sources,
 )
 
 
@@ -80,14 +82,14 @@ def test_sources_are_read():
 def test_good_options_pass(data, tmp_path):
     (tmp_path / "policy.json").write_text("{}")
     (tmp_path / "result.json").write_text("{}")
-    options.check(SweepOptions(out=tmp_path, data=data, insert_layers="0-7,9"))
-    options.check(TrainPolicyOptions(out=tmp_path, data=data, fraction=0.1, max_bad="2%"))
-    options.check(RecommendOptions(out=tmp_path, policy=tmp_path, prompt="What is this?"))
-    options.check(RecommendOptions(out=tmp_path, policy=tmp_path, data=data))
-    options.check(FinetuneOptions(out=tmp_path, data=data, insert_layer=3))
-    options.check(EvaluateOptions(out=tmp_path, data=data, variants=(tmp_path, tmp_path)))
-    options.check(EvaluateOptions(out=tmp_path, data=data, policy=tmp_path, skip_weight=0.3))
-    options.check(EvaluateOptions(out=tmp_path, data=data, insert_layers="0,3"))
+    check(SweepOptions(out=tmp_path, data=data, insert_layers="0-7,9"))
+    check(TrainPolicyOptions(out=tmp_path, data=data, fraction=0.1, max_bad="2%"))
+    check(RecommendOptions(out=tmp_path, policy=tmp_path, prompt="What is this?"))
+    check(RecommendOptions(out=tmp_path, policy=tmp_path, data=data))
+    check(FinetuneOptions(out=tmp_path, data=data, insert_layer=3))
+    check(EvaluateOptions(out=tmp_path, data=data, variants=(tmp_path, tmp_path)))
+    check(EvaluateOptions(out=tmp_path, data=data, policy=tmp_path, skip_weight=0.3))
+    check(EvaluateOptions(out=tmp_path, data=data, insert_layers="0,3"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_good_options_pass(data, tmp_path):
 )
 def test_wrong_values_are_named(make, named, data):
     with pytest.raises(ValueError, match=named):
-        options.check(make(data))
+        check(make(data))
 
 
 def test_every_option_has_a_description():
@@ -157,10 +159,10 @@ def test_ranges_of_skip_weights_are_read(text, weight, ends):
 @pytest.mark.parametrize("text", ["", "1", "2-1", "1-1", "-1-2", "0-inf", "nan-1", "a-b", "all"])
 def test_what_is_no_range_of_skip_weights_is_refused(data, tmp_path, text):
     with pytest.raises(ValueError, match="--skip-weight-range"):
-        options.check(TrainPolicyOptions(out=tmp_path, data=data, skip_weight_range=text))
+        check(TrainPolicyOptions(out=tmp_path, data=data, skip_weight_range=text))
 
 
 def test_a_range_without_the_skip_weight_is_refused(data, tmp_path):
     wrong = TrainPolicyOptions(out=tmp_path, data=data, skip_weight=3, skip_weight_range="0-2")
     with pytest.raises(ValueError, match="'0-2' does not contain --skip-weight 3"):
-        options.check(wrong)
+        check(wrong)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from controller.data import image_prompts
-from controller.options import RecommendOptions, TrainPolicyOptions, check
+from controller.option_checks import check
+from controller.options import RecommendOptions, TrainPolicyOptions
 from controller.policy.data_advice import advise, nearest_candidate, policy_sentence
 from controller.policy.frontier import frontier
 from controller.policy.layer_policy import LayerPolicy
