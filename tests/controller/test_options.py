@@ -11,6 +11,7 @@ import pytest
 
 from controller import options
 from controller.option_checks import (
+    check,
     parse_layers,
     parse_observation,
     parse_share,
