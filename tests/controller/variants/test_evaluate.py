@@ -1,6 +1,7 @@
 """Figures of an evaluation are those of its models: checked one prompt at a time, by other means."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,13 @@ from controller.answers import generation_inputs
 from controller.metrics.exact_match import exact_match
 from controller.options import EvaluateOptions, FinetuneOptions
 from controller.policy.layer_policy import LayerPolicy
-from controller.policy.training import train_policy
 from controller.variants import evaluate, finetune
 from controller.variants.comparison import by_source, spread
 from controller.variants.evaluate import predict, read_predictions
 from controller.variants.judged import Variant, variant_names
 from controller.variants.timing import time_forwards
 from envs.instructions import load_instructions
-from envs.observations import Observation
 from envs.prompts import Prompt, encode, prompts_from
-from envs.rewards import RewardTable
 
 FRACTION = 0.5
 LAYERS = (0, 5)
@@ -248,20 +246,13 @@ def fewer(rendered_data: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_backbone: Backbone, fewer: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy of the tiny backbone that sends prompts to many layers."""
-    losses = np.random.default_rng(0).gamma(2.0, 0.4, size=(len(fewer), 8))
-    policy = train_policy(
-        RewardTable.from_losses(losses, "all", 8),
-        Observation()(tiny_backbone, fewer),
-        skip_weights=(0.0, 4.0),
-        steps=2048,
-        backbone=("tiny", tiny_backbone.fingerprint),
-    )
-    *body, (weight, bias) = policy.network
-    folder = tmp_path_factory.mktemp("policy")
-    replace(policy, network=(*body, (100 * weight, bias))).save(folder)
-    return folder
+def policy(
+    tiny_backbone: Backbone,
+    fewer: list[Prompt],
+    save_policy: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    return save_policy(tiny_backbone, fewer, tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
