@@ -60,6 +60,11 @@ COMMANDS = {
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
+    "report": Command(
+        command_options.ReportOptions,
+        "variants.report",
+        "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
+    ),
     "bench": Command(
         command_options.BenchOptions,
         "performance.bench",

@@ -12,6 +12,7 @@ import torch
 
 from backbones import Backbone, CostModel, load_backbone
 from controller.answers import generation_inputs
+from controller.metrics.benchmark import Example, benchmark
 from controller.metrics.exact_match import exact_match
 from controller.options import EvaluateOptions, FinetuneOptions
 from controller.policy.layer_policy import LayerPolicy
@@ -203,14 +204,18 @@ def test_predictions_are_kept_for_the_same_model_only(
 ) -> None:
     path = options.out / "predictions" / "layer-5.jsonl"
     layers = [5] * len(prompts)
-    rows = read_predictions(path, prompts, variant.fingerprint, layers)
+    examples = [Example(prompt, (prompt.answer,)) for prompt in prompts]
+    rows = read_predictions(path, examples, variant.fingerprint, layers)
     assert rows is not None and len(rows) == len(prompts)
-    assert read_predictions(path, prompts, variant.fingerprint, [*layers[1:], 4]) is None
-    assert read_predictions(path, prompts, "other", layers) is None
-    assert read_predictions(path, prompts[1:], variant.fingerprint, layers[1:]) is None
-    assert read_predictions(path, prompts[::-1], variant.fingerprint, layers) is None
+    assert read_predictions(path, examples, variant.fingerprint, [*layers[1:], 4]) is None
+    assert read_predictions(path, examples, "other", layers) is None
+    assert read_predictions(path, examples[1:], variant.fingerprint, layers[1:]) is None
+    assert read_predictions(path, examples[::-1], variant.fingerprint, layers) is None
+    judged_by_more = [replace(example, references=("x", "y")) for example in examples]
+    assert read_predictions(path, judged_by_more, variant.fingerprint, layers) is None
     before = path.stat().st_mtime_ns
-    kept = predict(path, Variant.fixed("layer-5", None, variant, len(prompts)), prompts, options)
+    own = Variant.fixed("layer-5", None, variant, len(prompts))
+    kept = predict(options.out, own, benchmark("instructions"), examples, options)
     assert path.stat().st_mtime_ns == before
     assert kept.answers == [row["prediction"] for row in rows]
 
