@@ -20,18 +20,25 @@ def figure1(found: Mapping[str, Any], path: Path) -> None:
     rows = [row for row in found["rows"] if row["average"] is not None]
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for kind in dict.fromkeys(row["kind"] for row in rows):
+    for number, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
         own = sorted(
             (row for row in rows if row["kind"] == kind),
             key=lambda row: -1 if row["insert_layer"] is None else row["insert_layer"],
         )
         times, scores = ([row[key] for row in own] for key in ("prefill_ms", "average"))
-        axes.plot(times, scores, "o-", label=kind)
-        for row in own:
+        (line,) = axes.plot(times, scores, "o-", label=kind)
+        # One kind's labels above its points, the next one's below: equal layers lie close together.
+        above = -14 if number % 2 else 7
+        for row, *point in zip(own, times, scores, strict=True):
             layer = row["insert_layer"]
-            label = f"L = {layer}" if layer is not None else row["name"]
             axes.annotate(
-                label, (row["prefill_ms"], row["average"]), (6, 6), textcoords="offset points", fontsize=9
+                row["name"] if layer is None else f"L = {layer}",
+                (point[0], point[1]),
+                (0, above),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=line.get_color(),
             )
     axes.set(
         xlabel=f"measured prefill of a batch of {found['batch_size']} (ms)",
