@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from .storage import naming_storage
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+TRAINING = "training"  # folder of the checkpoints in a run folder
 KEPT = 2  # complete checkpoints: the newest, and the one before it should a disk spoil the newest
 
 Answer = TypeVar("Answer")
@@ -197,6 +199,18 @@ def how_to_continue(training: Path) -> str:
     )
 
 
+def continuable(run: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """A command's `run(options)` whose errors of the disk say what is wrong and where it will go on."""
+
+    @wraps(run)
+    def named(options: Any) -> Answer:
+        out = Path(options.out)
+        with naming_storage(out, lambda: how_to_continue(out / TRAINING)):
+            return run(options)
+
+    return named
+
+
 def decided_by_one(decide: Callable[[], Answer], leader: bool) -> Answer:
     """What `decide` returns in the leading process, in every process; its `ValueError` or `OSError` too."""
     answer: list[Any] = [None, None]
@@ -249,7 +263,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.training_folder / f"checkpoint-{self.state.global_step}"
         try:
-            with naming_storage(folder, how_to_continue(self.training_folder)):
+            with naming_storage(folder, lambda: how_to_continue(self.training_folder)):
                 if self.args.should_save:
                     remove_checkpoint(folder)  # what a kill left must not mix with this one
                 self.accelerator.wait_for_everyone()
@@ -270,7 +284,7 @@ class ResumableTrainer(Trainer):
         absent = [name for rank in ranks if not (folder / (name := f"rng_state{rank}.pth")).is_file()]
         if absent and not self.args.save_on_each_node:
             raise CheckpointError(
-                f"{folder} has no {absent[0]}: --out must be a folder that all processes share, on every machine"
+                f"{folder} has no {absent[0]}: --out must be a folder that all processes share"
             )
         write_manifest(folder, step=self.state.global_step, processes=processes, identity=self.identity)
 

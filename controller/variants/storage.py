@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,10 +27,10 @@ class StorageError(OSError):
 
 
 @contextmanager
-def naming_storage(folder: Path, remedy: str) -> Iterator[None]:
+def naming_storage(folder: Path, remedy: Callable[[], str]) -> Iterator[None]:
     """Turn what a full disk or a folder without permission makes of the block into a `StorageError`.
 
-    It names `folder`, says what is wrong with it, and ends with `remedy`. Other errors pass as they are.
+    It names `folder`, says what is wrong with it, and ends with what `remedy` says then. Other errors pass.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def naming_storage(folder: Path, remedy: str) -> Iterator[None]:
         trouble = storage_trouble(error, folder)
         if trouble is None:
             raise
-        raise StorageError(f"{folder}: {trouble}. {remedy}") from error
+        raise StorageError(f"{folder}: {trouble}. {remedy()}") from error
 
 
 def storage_trouble(error: Exception, folder: Path) -> str | None:
