@@ -144,6 +144,12 @@ class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
     """Batches per optimiser step."""
     save_every: int = 100
     """Optimiser steps between checkpoints that a killed run continues from."""
+    push_to_hub: bool = False
+    """Publish the variant on the Hugging Face Hub at the end; also pushes a run that has finished."""
+    hub_model_id: str | None = None
+    """Repository to push to, as user/name; by default the run folder's name, in your own namespace."""
+    hub_private_repo: bool = False
+    """Make the repository private where it is made."""
 
 
 @dataclass(kw_only=True)

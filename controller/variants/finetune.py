@@ -26,13 +26,14 @@ from ..option_checks import check
 from ..options import FinetuneOptions
 from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
+from .checkpoints import TRAINING, continuable
+from .publish import publish
 from .recipe import learning_rate, make_trainable, training_arguments
-from .saving import save_variant
+from .saving import save_variant, write_cards
 from .trainer import LossLog, VariantTrainer
 
-TRAINING = "training"  # folder of the checkpoints that a killed run continues from
 
-
+@continuable
 def run(options: FinetuneOptions) -> dict[str, Any]:
     """Finetune and write `checkpoint/` (stock model with processor), `adapter/` (LoRA) and `result.json`.
 
@@ -45,7 +46,9 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     training = out / TRAINING
     if (out / "result.json").is_file():
         shutil.rmtree(training, ignore_errors=True)  # left where a kill came between result and removal
-        print(f"{out} is finished; nothing to do", file=sys.stderr)
+        print(f"{out} is finished; nothing to train", file=sys.stderr)
+        if options.push_to_hub:
+            print(f"Published: {publish(options)}")
         return read_result(out)
     set_seed(options.seed)
     backbone = load_backbone(
@@ -82,6 +85,7 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
         "seconds": sum(entry["seconds"] for entry in history),
         "train_loss_curve": curve,
     }
+    write_cards(options, backbone, data, result)
     write_result(out, result)
     shutil.rmtree(training, ignore_errors=True)
     print(
@@ -89,6 +93,8 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
         f"{options.steps} steps ({counted['trainable_parameters']:,} of {counted['parameters']:,} weights).\n"
         f"Variant: {result['checkpoint']}"
     )
+    if options.push_to_hub:
+        print(f"Published: {publish(options)}")
     return result
 
 

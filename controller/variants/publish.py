@@ -9,7 +9,6 @@ import re
 import tempfile
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.errors import HTTPError as NetworkError  # of the HTTP library in use, which changed
 
 from ..options import FinetuneOptions
 from .checkpoints import check_whole
@@ -52,7 +52,7 @@ def publish(options: FinetuneOptions) -> str:
         repository = api.create_repo(wanted, private=private, exist_ok=True).repo_id
         for folder, place in folders.items():
             push_folder(api, repository, folder, place)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+    except (NetworkError, HFValidationError, OSError) as error:
         raise PublishError(
             f"--push-to-hub: {wanted} could not be pushed: {reason(error)}. The variant is safe in "
             f"{out / 'checkpoint'}; the same command pushes it again, without training"
@@ -98,6 +98,6 @@ def reason(error: Exception) -> str:
         return str(error).splitlines()[0].rstrip(".")
     if isinstance(error, HFValidationError):
         return f"--hub-model-id: {' '.join(str(error).split()).rstrip('.')}"
-    if isinstance(error, httpx.TransportError):
+    if isinstance(error, NetworkError) and status is None:
         return f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())})"
     return " ".join(str(error).split()).rstrip(".")
