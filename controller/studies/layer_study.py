@@ -113,7 +113,9 @@ class Study:
 
     def first_steps(self) -> dict[str, Any]:
         """What needs nothing but the data: the longest first, so that the last to end are short."""
-        steps = {name: self.finetune(name, "random", name == "distilled") for name in reversed(self.shared)}
+        steps: dict[str, Any] = {
+            name: self.finetune(name, "random", name == "distilled") for name in reversed(self.shared)
+        }
         steps |= {f"finetune-{layer}": self.finetune(f"finetune-{layer}", layer) for layer in self.layers}
         steps["train-policy"] = self.policy()
         steps["sweep"] = self.step(SweepOptions, "sweep", data=self.held_out, insert_layers=self.listed)
@@ -122,7 +124,7 @@ class Study:
     def finetune(self, name: str, insert_layer: Any, distilled: bool = False) -> FinetuneOptions:
         """A variant; all have the same data, seed and steps."""
         options = self.options
-        depths = {} if insert_layer != "random" else {"insert_layers": self.listed}
+        depths: dict[str, Any] = {} if insert_layer != "random" else {"insert_layers": self.listed}
         if distilled:
             depths["distillation"] = options.distillation
         return self.step(
@@ -226,7 +228,7 @@ class Study:
         found: dict[str, list[list[float]]] = {"loss": [], "correct": []}
         for variant in variants:
             path = self.folder(f"evaluate-{kind}") / "predictions" / f"{variant.replace(':', '-')}.jsonl"
-            rows = {row["id"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+            rows = {row["id"]: row for row in map(json.loads, path.read_text("utf-8").strip().split("\n"))}
             for name, columns in found.items():
                 columns.append([float(rows[prompt.id][name]) for prompt in prompts])
         return {
@@ -312,7 +314,7 @@ def raw_records(path: Path) -> list[Any]:
     """The records of an instruction file as they are written: a list, or one object a line."""
     text = path.read_text("utf-8-sig")
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)
 
 

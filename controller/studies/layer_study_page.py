@@ -33,7 +33,7 @@ def page(result: dict[str, Any]) -> str:
     finetuning = result["finetuning"]
     sections = [
         "# Layer study",
-        f"{len(result['insert_layers'])} insert layers of a backbone with {result['num_layers']} decoder layers. "
+        f"{len(result['insert_layers'])} insert layers of {result['num_layers']} decoder layers. "
         f"Every variant: {finetuning['method']}, {finetuning['steps']} steps of {finetuning['batch_size']} "
         f"of {result['training_prompts']} records, learning rate {finetuning['learning_rate']:g}. Judged on "
         f"{result['prompts']} questions about {result['images']} images that none was trained on. Intervals "
@@ -46,7 +46,7 @@ def page(result: dict[str, Any]) -> str:
         f"The policy's expectation is the mean loss of {result['policy_prompts']} training questions.",
         correlation_table(result),
         "## What picking by it loses",
-        "Reward: -loss + λ · depth. Regret: the best finetuned reward minus that at the picked layer, in nats. "
+        "Reward: -loss + λ · depth. Regret: the best finetuned reward minus that at the picked layer. "
         "Correlations of rewards at λ > 0 share the bonus, so they are higher than those of losses alone.",
         choice_table(result),
     ]
@@ -132,10 +132,10 @@ def shared_sentences(result: dict[str, Any]) -> str:
             for layer, difference in zip(result["insert_layers"], found["accuracy_difference"], strict=True)
         ]
         lines.append(
-            f"{NAMES[name].capitalize()}: accuracy minus that of the variant finetuned at the layer, in points: "
-            f"{', '.join(cells)}. Mean {with_interval(found['mean'], points)}, least {points(found['least'])}. "
-            f"Training took {result['finetuning']['seconds'][name]:.0f} s; the separate variants together "
-            f"{separate_seconds(result):.0f} s."
+            f"{NAMES[name].capitalize()}: accuracy minus that of the variant finetuned at the layer, points: "
+            f"{', '.join(cells)}. Mean {with_interval(found['mean'], points)}, "
+            f"least {points(found['least'])}. Training took {result['finetuning']['seconds'][name]:.0f} s; "
+            f"the separate variants together {separate_seconds(result):.0f} s."
         )
     return "\n\n".join(lines)
 
@@ -223,7 +223,7 @@ def line_by_layer(axes: Axes, result: dict[str, Any], kind: str, metric: str) ->
 
 
 def regrets(axes: Axes, result: dict[str, Any]) -> None:
-    """Regret by skip weight of both ways to pick a layer early, the picked and the best layer written by it."""
+    """Regret by skip weight of both ways to pick a layer early, with the layers picked."""
     entries = result["by_skip_weight"]
     places = np.arange(len(entries))
     for number, (chooser, colour) in enumerate((("zero_shot", "0.45"), ("policy", "tab:green"))):

@@ -1,7 +1,7 @@
-"""One model for all depths: each row of a training batch at an insert layer of its own, drawn anew each epoch.
+"""One model for all depths: each row of a training batch at an insert layer that it draws anew in each epoch.
 
-The draw follows the insert layer's distribution, uniform or a layer policy's; its answers can be drawn towards
-those of the same model at insert layer 0.
+The draw is uniform, or a layer policy's; answers can be learnt from the same model at insert layer 0 as well
+as from labels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..options import FinetuneOptions
 from ..policy.layer_policy import LayerPolicy
 
 UNIFORM = "uniform"
+TRAINED = "trained_layers"
 STEPS_STREAM = 1  # sets the draws of whole steps apart from those of rows
 
 
@@ -185,9 +186,9 @@ def make_depths(
             f"--insert-layer random: none of the {len(prompts)} records of {options.data} has an image, and "
             "text alone enters at layer 0"
         )
-    common = {"multimodal": multimodal, "seed": options.seed, "distillation": options.distillation}
     if options.layer_distribution == UNIFORM:
-        return DepthSampler(parse_layers(options.insert_layers, backbone.num_layers), **common)
+        candidates = parse_layers(options.insert_layers, backbone.num_layers)
+        return DepthSampler(candidates, multimodal, options.seed, distillation=options.distillation)
     folder = Path(options.layer_distribution)
     policy = LayerPolicy.load(folder, backbone)
     policy.checked_backbone()
@@ -195,7 +196,32 @@ def make_depths(
     asked = [prompt for prompt in prompts if prompt.images]
     observed = policy.observation(backbone, asked, options.batch_size)
     probabilities[multimodal] = policy.probabilities(observed)
-    return DepthSampler(policy.insert_layers, probabilities=probabilities, source=digest_of(folder), **common)
+    return DepthSampler(
+        policy.insert_layers,
+        multimodal,
+        options.seed,
+        probabilities,
+        options.distillation,
+        source=digest_of(folder),
+    )
+
+
+def fixed_layer(options: FinetuneOptions) -> int:
+    """The insert layer in force beside what rows draw: that of the checkpoint."""
+    return 0 if options.insert_layer == "random" else options.insert_layer
+
+
+def record_depths(backbone: Backbone, depths: DepthSampler | None) -> None:
+    """Write the layers that the model is trained for to its configuration, which its checkpoint keeps; what
+    an earlier training wrote there goes."""
+    trained = {TRAINED: list(depths.candidates)} if depths else {}
+    backbone.model.config.deepinsert = {"insert_layer": backbone.insert_layer, **trained}
+
+
+def trained_layers(backbone: Backbone) -> dict[str, Any]:
+    """What `record_depths` wrote, as an entry of `result.json`; empty for a fixed layer."""
+    said = backbone.model.config.deepinsert
+    return {TRAINED: said[TRAINED]} if TRAINED in said else {}
 
 
 def digest_of(folder: Path) -> str:
