@@ -28,6 +28,7 @@ from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
 from .checkpoints import TRAINING, continuable
 from .publish import publish
+from .depths import fixed_layer, make_depths, record_depths, trained_layers
 from .recipe import learning_rate, make_trainable, training_arguments
 from .saving import save_variant, write_cards
 from .trainer import LossLog, VariantTrainer
@@ -53,7 +54,7 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     set_seed(options.seed)
     backbone = load_backbone(
         options.backbone,
-        insert_layer=options.insert_layer,
+        insert_layer=fixed_layer(options),
         device=options.device,
         dtype=training_dtype(options),
     )
@@ -72,7 +73,8 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     curve = [entry["loss"] for entry in history]
     last = curve[-max(1, len(curve) // 10) :]
     result = {
-        "insert_layer": options.insert_layer,
+        "insert_layer": backbone.insert_layer,
+        **trained_layers(backbone),
         "method": options.method,
         "steps": options.steps,
         "train_loss": sum(last) / len(last),
@@ -100,14 +102,18 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
 
 def make_trainer(backbone: Backbone, prompts: Sequence[Prompt], options: FinetuneOptions) -> VariantTrainer:
     """A trainer of the backbone on the prompts, by the recipe, that logs to the run folder."""
+    depths = make_depths(options, backbone, prompts)
     identity = {"backbone": backbone.fingerprint, "data": digest(prompts)}
+    identity |= depths.identity if depths else {}
+    record_depths(backbone, depths)
     set_seed(options.seed)  # whatever was drawn so far, the adapter's first weights depend on the seed alone
     trainer = VariantTrainer(
         model=make_trainable(backbone.model, options),
         args=training_arguments(options, Path(options.out) / TRAINING, backbone.device),
-        train_dataset=PromptDataset(prompts),
-        data_collator=collator(backbone),
+        train_dataset=PromptDataset(prompts, placed=depths is not None),
+        data_collator=collator(backbone, placed=depths is not None),
         options=options,
+        depths=depths,
         identity=identity,
     )
     trainer.remove_callback(PrinterCallback)

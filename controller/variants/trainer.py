@@ -16,17 +16,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..options import FinetuneOptions
 from ..runs import progress, replacing
 from .checkpoints import ResumableTrainer
+from .depths import DepthSampler
 from .recipe import parameter_groups
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 
 
 class VariantTrainer(ResumableTrainer):
-    """The stock loss without a KV cache, the recipe's parameter groups, and the seconds of each step."""
+    """The stock loss without a KV cache, the recipe's parameter groups, and the seconds of each step.
 
-    def __init__(self, *args: Any, options: FinetuneOptions, **kwargs: Any) -> None:
+    With `depths` each row of a batch is at the insert layer that it draws; batches then hold `row_index`
+    (B,), the rows' positions in the data.
+    """
+
+    def __init__(
+        self, *args: Any, options: FinetuneOptions, depths: DepthSampler | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.options = options
+        self.depths = depths
         self.last_log = time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -37,8 +45,19 @@ class VariantTrainer(ResumableTrainer):
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        inputs = {**inputs, "use_cache": False}
+        if self.depths is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        stock = super().compute_loss
+        loss, outputs = self.depths.loss(self, stock, model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.perf_counter()
