@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class Comparison:
     groups: dict[str, NDArray[np.int64]]
     timings: dict[str, list[Timing]]
     caches: list[dict[str, NDArray[np.float64]]]
+    copies: dict[tuple[int, int], Example] = field(default_factory=dict, repr=False)
 
     @classmethod
     def measure(
@@ -203,8 +205,25 @@ class Comparison:
     def headline(self, index: int, drawn: NDArray[np.int64]) -> float:
         """The benchmark's number of a variant for drawn questions, in their order."""
         answers = self.predictions[index].answers
-        chosen = [self.examples[row] for row in drawn]
+        copies: Counter[int] = Counter()
+        chosen = []
+        for row in drawn.tolist():
+            chosen.append(self.copy(row, copies[row]))
+            copies[row] += 1
         return self.benchmark.score([answers[row] for row in drawn], chosen).headline
+
+    def copy(self, row: int, number: int) -> Example:
+        """An example drawn once more: to a rule that puts questions together, one about another image."""
+        example = self.examples[row]
+        if number == 0:
+            return example
+        if (row, number) not in self.copies:
+            prompt = example.prompt
+            names = {"id": f"{prompt.id} copy {number}", "image_key": f"{prompt.image_key} copy {number}"}
+            group = {"group": (example.facts["group"], number)} if "group" in example.facts else {}
+            facts = {**example.facts, **group}
+            self.copies[row, number] = replace(example, prompt=replace(prompt, **names), facts=facts)
+        return self.copies[row, number]
 
     def throughput(self, index: int) -> dict[str, Any]:
         """Questions and tokens of text a second in whole answers to a batch, and peak memory in bytes (CUDA

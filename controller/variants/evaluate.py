@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..options import EvaluateOptions
 from ..runs import machine, read_result, replacing, start_run, to_json, write_result
 from .comparison import Comparison, Predictions
 from .judged import Variant, load_variants
+from .model_card import update_results
 from .pictures import plot
 from .report import table, write_table1
 from .timing import DECODE_TOKENS
@@ -77,6 +79,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     result = to_json(result)
     plot(result, out / "evaluate.png")
     write_table1([result], out)
+    update_cards(variants, result, options.data.name, (out / "table1.md").read_text("utf-8"))
     write_result(out, result)
     print(table(result))
     return result
@@ -103,6 +106,21 @@ def read_examples(options: EvaluateOptions, bench: Benchmark) -> tuple[list[Exam
         examples = [example for example in examples if example.prompt.image_key in kept]
     check_images(examples)
     return examples, []
+
+
+def update_cards(variants: Sequence[Variant], result: dict[str, Any], data: str, markdown: str) -> None:
+    """Put the table and each finetuned variant's figures into its model card; where a folder cannot be
+    written to, say so and go on."""
+    name = result["benchmark"]["name"]
+    for variant, row in zip(variants, result["variants"], strict=True):
+        if variant.path is None or variant.policy is not None:
+            continue
+        metrics = {row["unit"]: row["score"] / 100 if row["unit"] == "accuracy" else row["score"]}
+        metrics |= {} if row["loss"] is None else {"loss": row["loss"]}
+        try:
+            update_results(variant.path, markdown, metrics, data if name == DEFAULT else name)
+        except OSError as error:
+            print(f"{variant.path}: its model card was left as it is ({error})", file=sys.stderr)
 
 
 def predictions_path(out: Path, variant: Variant) -> Path:

@@ -17,8 +17,8 @@ from ..runs import describe_machine, read_config, read_result, replacing, start_
 from .pictures import figure1, layer_of
 
 INSTRUCTIONS = "instructions"
-NOT_AVERAGED = {"points"}
-"""Units that are no percentage, such as MME's: the paper's averages leave them out too."""
+NOT_AVERAGED = {"perception score"}
+"""Units that are no percentage, here MME's: the paper's averages leave them out too."""
 COSTS = ("prefill_ms", "time_ratio", "decode_time_ratio", "flops_ratio", "kv_cache_ratio")
 Result = Mapping[str, Any]
 
