@@ -219,10 +219,10 @@ class Comparison:
             return example
         if (row, number) not in self.copies:
             prompt = example.prompt
-            names = {"id": f"{prompt.id} copy {number}", "image_key": f"{prompt.image_key} copy {number}"}
+            key = f"{prompt.image_key} copy {number}"
+            own = replace(prompt, id=f"{prompt.id} copy {number}", image_key=key)
             group = {"group": (example.facts["group"], number)} if "group" in example.facts else {}
-            facts = {**example.facts, **group}
-            self.copies[row, number] = replace(example, prompt=replace(prompt, **names), facts=facts)
+            self.copies[row, number] = replace(example, prompt=own, facts={**example.facts, **group})
         return self.copies[row, number]
 
     def throughput(self, index: int) -> dict[str, Any]:
