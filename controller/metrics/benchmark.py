@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from envs.media import DatasetError, check_image
 from envs.prompts import EncodedImage, ImageRef
 
-from . import instructions, vqa
+from . import gqa, instructions, multiple_choice, vqa, yes_no
 from .contract import Benchmark, Example, Score
 
 __all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "benchmark", "check_images", "questions"]
 
 BENCHMARKS: dict[str, Benchmark] = {
-    entry.name: entry for room in (instructions, vqa) for entry in room.BENCHMARKS
+    entry.name: entry
+    for room in (instructions, vqa, gqa, yes_no, multiple_choice)
+    for entry in room.BENCHMARKS
 }
 
 

@@ -39,10 +39,14 @@ def conversation(content: list[dict[str, str]], answer: str) -> list[dict]:
     ]
 
 
+def lettered(options: Sequence[str]) -> dict[str, str]:
+    """Options by their letters, A first."""
+    return dict(zip(LETTERS, options, strict=False))
+
+
 def with_options(question: str, options: Sequence[str]) -> str:
     """The question with a line for each option: "A. dog"."""
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, *lines])
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in lettered(options).items())])
 
 
 def root_of(data: Path, image_root: Path | None, *folders: str) -> Path:

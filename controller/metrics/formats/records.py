@@ -137,6 +137,34 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str], quoted: bool 
     return not_empty(rows, path)
 
 
+def read_parquet(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a Parquet file, which must have all `columns`; images stay bytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatasetError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        there = ", ".join(table.column_names[:12])
+        raise DatasetError(f"{path}: no column {missing[0]!r}; it has: {there}")
+    return not_empty(
+        [Row(item, f"{path}, row {index}") for index, item in enumerate(table.to_pylist())], path
+    )
+
+
+def parquet_files(data: Path, split: str) -> list[Path]:
+    """The Parquet files of a split: `data` itself, or those below it that are named after the split."""
+    if data.is_file():
+        return [data]
+    found = sorted(data.rglob(f"{split}-*.parquet"))
+    if not found:
+        raise DatasetError(f"{data}: no {split}-*.parquet in it; give the folder that the hub's files are in")
+    return found
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file."""
     try:

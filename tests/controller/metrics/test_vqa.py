@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from picture_files import save_image
 
 from controller.metrics.benchmark import benchmark, check_images
 from controller.metrics.contract import Example
@@ -97,11 +97,6 @@ def test_vqav2_takes_articles_from_the_answer_alone():
 def test_vqav2_reports_types_of_answers():
     examples = [example(*["yes"] * 10, answer_type="yes/no"), example(*["2"] * 10, answer_type="number")]
     assert benchmark("vqav2").score(["yes", "3"], examples).details == {"yes/no": 100, "number": 0}
-
-
-def save_image(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), "red").save(path)
 
 
 @pytest.fixture
