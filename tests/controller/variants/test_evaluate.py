@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from backbones import Backbone, CostModel, load_backbone
 from controller.answers import generation_inputs
@@ -218,6 +219,17 @@ def test_predictions_are_kept_for_the_same_model_only(
     kept = predict(options.out, own, benchmark("instructions"), examples, options)
     assert path.stat().st_mtime_ns == before
     assert kept.answers == [row["prediction"] for row in rows]
+
+
+def test_the_model_card_of_each_variant_tells_the_result(
+    result: dict[str, Any], options: EvaluateOptions
+) -> None:
+    table = (options.out / "table1.md").read_text().strip()
+    for row, folder in zip(result["variants"], options.variants, strict=True):
+        card = ModelCard.load(folder / "checkpoint" / "README.md")
+        assert table in card.text
+        told = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+        assert told == pytest.approx({"accuracy": row["accuracy"], "loss": row["loss"]}, abs=1e-6)
 
 
 def test_a_finished_evaluation_is_not_repeated(
