@@ -66,6 +66,11 @@ COMMANDS = {
         "deepinsert layer-study --data runs/demo/data/train/instructions.json --insert-layers 0,3,6 "
         "--steps 60 --jobs 2 --out runs/layer-study",
     ),
+    "report": Command(
+        command_options.ReportOptions,
+        "variants.report",
+        "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
+    ),
     "bench": Command(
         command_options.BenchOptions,
         "performance.bench",
