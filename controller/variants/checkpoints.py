@@ -260,6 +260,13 @@ class ResumableTrainer(Trainer):
             )
         return str(newest)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock one, which would play one more step after a checkpoint of the last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.training_folder / f"checkpoint-{self.state.global_step}"
         try:

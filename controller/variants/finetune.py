@@ -27,8 +27,8 @@ from ..options import FinetuneOptions
 from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
 from .checkpoints import TRAINING, continuable
-from .publish import publish
 from .depths import fixed_layer, make_depths, record_depths, trained_layers
+from .publish import publish
 from .recipe import learning_rate, make_trainable, training_arguments
 from .saving import save_variant, write_cards
 from .trainer import LossLog, VariantTrainer

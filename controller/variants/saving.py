@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from backbones import Backbone
+from backbones.insertion import CONFIG_KEY
 from backbones.loading import ADAPTER_FACTS
 from envs.instructions import InstructionData
 
@@ -35,7 +36,8 @@ def save_variant(out: Path, backbone: Backbone, model: Any) -> str | None:
             (folder / CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
             base = Path(backbone.name)
             name = str(base.resolve()) if base.is_dir() else backbone.name
-            write_json(folder / ADAPTER_FACTS, {"insert_layer": backbone.insert_layer, "backbone": name})
+            facts = getattr(backbone.model.config, CONFIG_KEY)
+            write_json(folder / ADAPTER_FACTS, {**facts, "backbone": name})
             write_manifest(folder)
         model = model.merge_and_unload()
     with replacing_folder(out / "checkpoint") as folder:
