@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..runs import replacing
+from .manifest import CARD
 
-CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2504.19327"
 TASK = "image-text-to-text"
 BEGIN, END = "<!-- results -->", "<!-- end -->"

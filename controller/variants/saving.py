@@ -16,7 +16,8 @@ from envs.instructions import InstructionData
 
 from ..options import FinetuneOptions
 from ..runs import versions, write_json
-from .checkpoints import CARD, replacing_folder, sha256, write_manifest
+from .checkpoints import replacing_folder
+from .manifest import CARD, sha256, write_manifest
 from .model_card import Facts, write_card
 
 

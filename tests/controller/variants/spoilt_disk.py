@@ -18,7 +18,8 @@ import torch
 from controller import runs
 from controller.options import FinetuneOptions
 from controller.variants import checkpoints, finetune, trainer
-from controller.variants.checkpoints import check_whole, checkpoint_folders, sha256
+from controller.variants.checkpoints import checkpoint_folders
+from controller.variants.manifest import check_whole, sha256
 
 SIZE = 160  # MB
 

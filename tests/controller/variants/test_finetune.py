@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerStat
 from backbones import Backbone, load_backbone
 from controller.options import FinetuneOptions
 from controller.variants import finetune
-from controller.variants.checkpoints import checkpoint_folders, read_manifest
+from controller.variants.checkpoints import checkpoint_folders
+from controller.variants.manifest import CheckpointError, check_whole
 from controller.variants.recipe import encoders, lora_targets, projectors
 from envs.instructions import load_instructions
 from envs.prompts import encode, prompts_from
@@ -238,6 +239,7 @@ def test_a_spoilt_checkpoint_is_passed_over(
     content = bytearray((newest / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "model.safetensors").write_bytes(content)
-    assert read_manifest(newest) is None
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        check_whole(newest)
     finetune.run(run)
     assert_same_weights(run.out, finished["full"].out)

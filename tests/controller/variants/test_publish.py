@@ -60,20 +60,39 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return {**known, **settings, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
 
 
-def test_a_finished_run_is_pushed_whole(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
+def push(options: FinetuneOptions, tokens: list[str], hub: Hub, home: Path) -> list[str]:
+    """What `publish` says in a process that talks to this hub, with each of the tokens."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRY_TOKENS],
+        input=pickle.dumps((options, tokens)),
+        env=environment(hub, home),
+        cwd=home,
+        capture_output=True,
+        check=True,
+    )
+    return done.stdout.decode().splitlines()
+
+
+def test_every_byte_arrives(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
+    options = replace(finished, hub_model_id="me/shapes", hub_private_repo=True)
+    assert push(options, ["hf_writer"], hub, tmp_path) == [f"pushed {hub.address}/me/shapes"]
+    check_arrived(finished, hub)
+
+
+@pytest.mark.slow
+def test_the_command_pushes_a_finished_run(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "controller.cli", "finetune", "--out", str(finished.out)]
     for name in ("data", "insert_layer", "fraction", "steps", "batch_size", "lora_rank", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(finished, name))]
     command += ["--push-to-hub", "--hub-model-id", "me/shapes", "--hub-private-repo"]
-    done = subprocess.run(
-        command,
-        env={**environment(hub, tmp_path), "HF_TOKEN": "hf_writer"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    known = {**environment(hub, tmp_path), "HF_TOKEN": "hf_writer"}
+    done = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"Published: {hub.address}/me/shapes" in done.stdout
+    check_arrived(finished, hub)
+
+
+def check_arrived(finished: FinetuneOptions, hub: Hub) -> None:
     assert list(hub.files) == ["me/shapes"] and hub.private["me/shapes"]
     arrived = hub.files["me/shapes"]
     sent = {path.name: path for path in (finished.out / "checkpoint").iterdir()}
@@ -93,15 +112,8 @@ def test_a_finished_run_is_pushed_whole(finished: FinetuneOptions, hub: Hub, tmp
 
 def test_what_is_refused_is_said_in_a_line(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
     options = replace(finished, push_to_hub=True, hub_model_id="me/shapes")
-    done = subprocess.run(
-        [sys.executable, "-c", TRY_TOKENS],
-        input=pickle.dumps((options, ["", "hf_wrong", "hf_reader", CUT_OFF, "hf_writer", "hf_writer"])),
-        env=environment(hub, tmp_path),
-        cwd=tmp_path,
-        capture_output=True,
-        check=True,
-    )
-    none, wrong, reader, cut, pushed, again = done.stdout.decode().splitlines()
+    tokens = ["", "hf_wrong", "hf_reader", CUT_OFF, "hf_writer", "hf_writer"]
+    none, wrong, reader, cut, pushed, again = push(options, tokens, hub, tmp_path)
     for line in (none, wrong, reader, cut):
         assert line.startswith("--push-to-hub: me/shapes could not be pushed: ")
         safe = f"The variant is safe in {finished.out / 'checkpoint'}; the same command pushes it again"
