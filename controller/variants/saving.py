@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from .manifest import CARD, sha256, write_manifest
 from .model_card import Facts, write_card
 
 
-def save_variant(out: Path, backbone: Backbone, model: Any) -> str | None:
+def save_variant(
+    out: Path, backbone: Backbone, model: Any, ordinary: Callable[[], Backbone] | None = None
+) -> str | None:
     """Write `adapter/` for LoRA, merge it, and write `checkpoint/`; returns the adapter's path, if any.
 
     Each is whole or absent, with a manifest. The insert layer travels in the checkpoint's `config.json` and
-    beside the adapter in `deepinsert.json`, which `load_backbone` reads.
+    beside the adapter in `deepinsert.json`, which `load_backbone` reads. `ordinary` loads the backbone that a
+    quantised model's adapter is merged into: what 4 bits have lost would stay lost.
     """
     remove_leftovers(out)
     model.eval()
@@ -40,6 +44,9 @@ def save_variant(out: Path, backbone: Backbone, model: Any) -> str | None:
             facts = getattr(backbone.model.config, CONFIG_KEY)
             write_json(folder / ADAPTER_FACTS, {**facts, "backbone": name})
             write_manifest(folder)
+        if ordinary is not None:
+            backbone = ordinary()
+            model = PeftModel.from_pretrained(backbone.model, adapter)
         model = model.merge_and_unload()
     with replacing_folder(out / "checkpoint") as folder:
         replace(backbone, model=model).save_pretrained(folder)

@@ -22,7 +22,7 @@ from controller.options import FinetuneOptions
 from controller.variants import finetune
 from controller.variants.checkpoints import checkpoint_folders
 from controller.variants.manifest import CheckpointError, check_whole
-from controller.variants.recipe import encoders, lora_targets, projectors
+from controller.variants.parts import encoders, lora_targets, projectors
 from envs.instructions import load_instructions
 from envs.prompts import encode, prompts_from
 
