@@ -187,6 +187,8 @@ class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
     """Peak learning rate of every variant; the default suits the tiny backbone, full."""
     steps: int = 300
     """Optimiser steps of every variant, that for all depths included."""
+    batch_size: int = 16
+    """Prompts per forward, and per optimiser step."""
     random: bool = True
     """Also train one model for all these layers, with as many steps."""
     distillation: float = 0.5

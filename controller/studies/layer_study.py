@@ -135,6 +135,7 @@ class Study:
             method=options.method,
             learning_rate=options.learning_rate,
             steps=options.steps,
+            gradient_accumulation=1,
             save_every=options.save_every,
             **depths,
         )
