@@ -18,6 +18,7 @@ COUNTS = {
     "repeats",
     "lora_rank",
     "gradient_accumulation",
+    "global_batch_size",
     "save_every",
     "max_new_tokens",
     "timing_repeats",

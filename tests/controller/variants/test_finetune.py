@@ -22,7 +22,7 @@ from backbones import Backbone, load_backbone
 from controller.options import FinetuneOptions
 from controller.variants import finetune
 from controller.variants.checkpoints import checkpoint_folders, read_manifest
-from controller.variants.recipe import encoders, lora_targets, projectors
+from controller.variants.parts import encoders, lora_targets, projectors
 from envs.instructions import load_instructions
 from envs.prompts import encode, prompts_from
 
