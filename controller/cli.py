@@ -60,6 +60,11 @@ COMMANDS = {
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
+    "report": Command(
+        command_options.ReportOptions,
+        "variants.report",
+        "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
+    ),
     "layer-study": Command(
         command_options.LayerStudyOptions,
         "studies.layer_study",

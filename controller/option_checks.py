@@ -255,7 +255,9 @@ def _check_device(values: dict[str, Any]) -> None:
 def _check_paths(values: dict[str, Any]) -> None:
     """What must be there before a command starts: data, images, a policy, variants, a local backbone."""
     data, root = values.get("data"), values.get("image_root")
-    if data is not None and not data.is_file():
+    # Published benchmarks may be folders of files.
+    folder = values.get("benchmark", "instructions") != "instructions" and data is not None and data.is_dir()
+    if data is not None and not data.is_file() and not folder:
         raise ValueError(f"--data {data}: there is no such file")
     if root is not None and not root.is_dir():
         raise ValueError(f"--image-root {root}: there is no such folder")
@@ -267,6 +269,9 @@ def _check_paths(values: dict[str, Any]) -> None:
             raise ValueError(
                 f"--variants {folder}: no result.json there; give run folders of finished finetunes"
             )
+    for folder in values.get("runs", ()):
+        if not (folder / "result.json").is_file():
+            raise ValueError(f"--runs {folder}: no result.json there; give run folders of finished evaluates")
     if "prompt" in values:
         if (values["prompt"] is None) == (data is None):
             raise ValueError("give either --prompt (with --image) or --data")

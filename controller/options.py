@@ -183,6 +183,8 @@ class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
 class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
     """Put variants beside the baseline: accuracy, loss, FLOPs, measured time, KV-cache bytes."""
 
+    benchmark: str = "instructions"
+    """Whose data and rule: instructions (LLaVA's JSON, exact match), or a published benchmark by name."""
     variants: tuple[Path, ...] = ()
     """Run folders of finetune, the baseline first; `--backbone` itself is used where none is given."""
     insert_layers: str | None = None
@@ -195,6 +197,16 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
     """Longest answer to generate."""
     timing_repeats: int = 7
     """Timed repeats of prefill and decode for each variant."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """Put several evaluations of the same variants into one table and one picture."""
+
+    out: Path
+    """Run folder."""
+    runs: tuple[Path, ...]
+    """Run folders of evaluate, each of another benchmark or data set."""
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -95,11 +96,26 @@ def open_image(
     has more than `max_bytes` bytes or `max_pixels` pixels, or cannot be decoded whole.
     """
     with _opened(root, relative, max_bytes, max_pixels) as image:
-        try:
-            image.load()
-            return _to_rgb(_upright(image))
-        except Exception as error:  # Decoders raise anything on broken bytes.
-            raise DatasetError(f"image {relative!r} is broken: {_reason(error)}") from error
+        return _decoded(image, relative)
+
+
+def decode_image(
+    data: bytes, name: str, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """The image whose file's bytes are `data`, as `open_image` gives it and within the same limits.
+
+    `name` stands for it in errors. Raises `DatasetError`.
+    """
+    with _header(BytesIO(data), len(data), name, max_bytes, max_pixels) as image:
+        return _decoded(image, name)
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # Decoders raise anything on broken bytes.
+        raise DatasetError(f"image {name!r} is broken: {_reason(error)}") from error
 
 
 @contextmanager
@@ -107,26 +123,33 @@ def _opened(root: Path, relative: str, max_bytes: int, max_pixels: int) -> Itera
     """The image with its header read and its size checked, not decoded yet."""
     with _open_below(root, relative) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise DatasetError(f"image {relative!r} has {size:,} bytes, more than the {max_bytes:,} allowed")
-        try:
-            with warnings.catch_warnings():
-                # Pillow's warning comes at a fixed size; the limit that counts is checked below.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=FORMATS)
-        except Exception as error:
-            raise DatasetError(
-                f"image {relative!r} cannot be read as {', '.join(FORMATS)}: {_reason(error)}"
-            ) from error
-        with image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DatasetError(
-                    f"image {relative!r} is {width}x{height}, more than the {max_pixels:,} pixels allowed"
-                )
-            if image.mode == "F":
-                raise DatasetError(f"image {relative!r} has floating-point pixels: save it with 8 or 16 bits")
+        with _header(file, size, relative, max_bytes, max_pixels) as image:
             yield image
+
+
+@contextmanager
+def _header(file: BinaryIO, size: int, name: str, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
+    """The image that `file` of `size` bytes holds, its header read and its limits checked."""
+    if size > max_bytes:
+        raise DatasetError(f"image {name!r} has {size:,} bytes, more than the {max_bytes:,} allowed")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's warning comes at a fixed size; the limit that counts is checked below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+    except Exception as error:
+        raise DatasetError(
+            f"image {name!r} cannot be read as {', '.join(FORMATS)}: {_reason(error)}"
+        ) from error
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DatasetError(
+                f"image {name!r} is {width}x{height}, more than the {max_pixels:,} pixels allowed"
+            )
+        if image.mode == "F":
+            raise DatasetError(f"image {name!r} has floating-point pixels: save it with 8 or 16 bits")
+        yield image
 
 
 def _open_below(root: Path, relative: str) -> BinaryIO:

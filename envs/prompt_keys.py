@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .prompts import ImageRef, Prompt
+from .prompts import EncodedImage, ImageRef, Prompt
 
 LEAST_GROUP = 32
 """Prompts of a group, at least, but for the last one; an image's are never divided."""
@@ -91,6 +91,8 @@ def _image_identity(image: ImageRef | Image.Image, known: dict[ImageRef, list[An
     """Tells images apart without decoding a file: its size and both ends, or the pixels of an open image."""
     if not isinstance(image, ImageRef):
         return [*image.size, image.mode, hashlib.sha256(image.tobytes()).hexdigest()]
+    if isinstance(image, EncodedImage):
+        return [len(image.data), hashlib.sha256(image.data).hexdigest()]
     if image not in known:
         path = image.root / image.path
         size = path.stat().st_size

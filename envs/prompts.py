@@ -29,7 +29,7 @@ from .chat_text import (
     writes_bos,
 )
 from .instructions import IMAGE_MARK, InstructionData, Record
-from .media import DatasetError, open_image
+from .media import DatasetError, decode_image, open_image
 
 if TYPE_CHECKING:
     from transformers.processing_utils import ProcessorMixin
@@ -49,9 +49,23 @@ class ImageRef:
     def open(self) -> Image.Image:
         """The image in RGB. Raises `DatasetError` naming the record when it cannot be decoded."""
         try:
-            return open_image(self.root, self.path)
+            return self._decode()
         except DatasetError as error:
             raise DatasetError(f"{self.origin}: {error}" if self.origin else str(error)) from error
+
+    def _decode(self) -> Image.Image:
+        return open_image(self.root, self.path)
+
+
+@dataclass(frozen=True)
+class EncodedImage(ImageRef):
+    """An image that lies inside a data file, as in Parquet: `data` are its file's bytes, decoded only when it
+    is used; `root` and `path` name it."""
+
+    data: bytes = field(default=b"", repr=False)
+
+    def _decode(self) -> Image.Image:
+        return decode_image(self.data, self.path)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""The benchmarks by name, and what can be asked of the examples of any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.media import DatasetError, check_image
+from envs.prompts import EncodedImage, ImageRef
+
+from . import gqa, instructions, multiple_choice, vqa, yes_no
+from .contract import Benchmark, Example, Score
+
+__all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "benchmark", "check_images", "questions"]
+
+BENCHMARKS: dict[str, Benchmark] = {
+    entry.name: entry
+    for room in (instructions, vqa, gqa, yes_no, multiple_choice)
+    for entry in room.BENCHMARKS
+}
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of this name. Raises `ValueError` that lists the names where there is none."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"--benchmark {name!r}: there is no such benchmark; choose {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def questions(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Indices of one example for each question (Q): the first of those that share a "group".
+
+    Tests of significance take these rows of `Score.items`, since rotations of one question earn together.
+    """
+    seen: dict[object, int] = {}
+    for index, example in enumerate(examples):
+        seen.setdefault(("group", example.facts["group"]) if "group" in example.facts else index, index)
+    return np.array(list(seen.values()), dtype=np.int64)
+
+
+def check_images(examples: Sequence[Example]) -> None:
+    """Look at the header of every image that is asked about, before hours of work depend on it.
+
+    Raises `DatasetError` naming the first that is missing or broken. Readers do not look, since scoring needs
+    no image.
+    """
+    known: set[ImageRef] = set()
+    for example in examples:
+        for image in example.prompt.images:
+            if not isinstance(image, ImageRef) or image in known:
+                continue
+            known.add(image)
+            if isinstance(image, EncodedImage):
+                image.open()
+                continue
+            try:
+                check_image(Path(image.root), image.path)
+            except DatasetError as error:
+                raise DatasetError(f"{image.origin}: {error}; name its folder with --image-root") from error
