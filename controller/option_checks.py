@@ -27,6 +27,7 @@ COUNTS = {
     "images",
     "threads",
     "jobs",
+    "longer",
 }
 WISHES = ("skip_weight", "flops_ratio", "max_loss_increase")
 BENCH_CASES = ("prefill", "decode", "train-full", "train-lora", "rows", "ragged", "mixed")

@@ -170,6 +170,7 @@ def test_another_study_does_not_mix_with_it(result: dict, options: LayerStudyOpt
         ({"skip_weights": "0,-1"}, "--skip-weights '0,-1': give numbers"),
         ({"skip_weights": "much"}, "--skip-weights 'much': give numbers"),
         ({"jobs": 0}, "--jobs 0: give at least 1"),
+        ({"longer": 0}, "--longer 0: give at least 1"),
         ({"policy_fraction": 0.0}, "--policy-fraction 0.0: give a share"),
         ({"distillation": 2.0}, "--distillation 2.0: give a weight"),
     ],
