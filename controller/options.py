@@ -223,10 +223,14 @@ class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
     """Peak learning rate of every variant; the default suits the tiny backbone, full."""
     steps: int = 300
     """Optimiser steps of every variant, that for all depths included."""
+    batch_size: int = 16
+    """Prompts per forward, and per optimiser step."""
     random: bool = True
     """Also train one model for all these layers, with as many steps."""
     distillation: float = 0.5
-    """Also train that with this weight of learning from its own answers at layer 0; 0 for without."""
+    """Also train it with this weight of learning from its own answers at layer 0; 0 for without."""
+    longer: int | None = None
+    """Also train it, without distillation, for so many steps: how many does it need?"""
     skip_weights: str = "0,0.1,0.2,0.5,1"
     """Skip weights λ at which the layer of highest reward is compared, before and after finetuning."""
     policy_fraction: float = 0.1
