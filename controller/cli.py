@@ -52,7 +52,7 @@ COMMANDS = {
         command_options.FinetuneOptions,
         "variants.finetune",
         "deepinsert finetune --data runs/demo/data/train/instructions.json --insert-layer 3 --steps 100 "
-        "--out runs/variant",
+        "--global-batch-size 32 --out runs/variant",
     ),
     "evaluate": Command(
         command_options.EvaluateOptions,

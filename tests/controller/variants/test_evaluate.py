@@ -47,6 +47,7 @@ def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
                 insert_layer=layer,
                 steps=2,
                 batch_size=4,
+                gradient_accumulation=1,
                 device="cpu",
                 lora_rank=4,
             )
