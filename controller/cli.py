@@ -60,6 +60,12 @@ COMMANDS = {
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
+    "score": Command(
+        command_options.ScoreOptions,
+        "metrics.score",
+        "deepinsert score --data runs/demo/data/held_out/instructions.json "
+        "--answers runs/demo/evaluate/predictions/finetune.jsonl --out runs/score",
+    ),
     "bench": Command(
         command_options.BenchOptions,
         "performance.bench",

@@ -207,8 +207,11 @@ def _check_device(values: dict[str, Any]) -> None:
 def _check_paths(values: dict[str, Any]) -> None:
     """What must be there before a command starts: data, images, a policy, variants, a local backbone."""
     data, root = values.get("data"), values.get("image_root")
-    if data is not None and not data.is_file():
+    if data is not None and not (data.is_file() or (values.get("benchmark") and data.is_dir())):
         raise ValueError(f"--data {data}: there is no such file")
+    answers = values.get("answers")
+    if answers is not None and not answers.is_file():
+        raise ValueError(f"--answers {answers}: there is no such file")
     if root is not None and not root.is_dir():
         raise ValueError(f"--image-root {root}: there is no such folder")
     backbone = values.get("backbone", "tiny")
