@@ -174,7 +174,7 @@ class ScoreOptions(RunOptions):
     data: Path
     """The benchmark's published file or folder."""
     answers: Path
-    """JSON lines (or a list) of id and prediction, as evaluate writes them; or LLaVA's question_id and text."""
+    """JSON lines (or a list) of id and prediction, as evaluate writes; or LLaVA's question_id and text."""
     image_root: Path | None = None
     """Folder that image paths are relative to; by default the folder of the data."""
     embedder: str | None = None
