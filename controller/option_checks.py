@@ -161,6 +161,8 @@ def check(options: Any) -> None:
     for name in COUNTS & values.keys():
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"{flag(name)} {values[name]}: give at least 1")
+    if values.get("score_samples", 0) < 0:
+        raise ValueError(f"--score-samples {values['score_samples']}: give 0 or more")
     if "cases" in values:
         parse_cases(values["cases"])
     layers = values.get("insert_layers")

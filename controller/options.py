@@ -197,6 +197,10 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
     """Longest answer to generate."""
     timing_repeats: int = 7
     """Timed repeats of prefill and decode for each variant."""
+    score_samples: int = 200
+    """Bootstrap draws for the interval of a score that is no mean of questions, as F1; 0 leaves it out."""
+    metrics: str | None = None
+    """Of a captions benchmark only these: bleu,rouge,meteor,cider,spice (what it has of them)."""
 
 
 @dataclass(kw_only=True)

@@ -54,33 +54,38 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
     return McNemar(*only, min(1.0, 2 * tail / 2**tosses))
 
 
-def score_interval(
+def score_draws(
     score: Callable[[NDArray[np.int64]], float],
     count: int,
     clusters: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     samples: int = 200,
     seed: int = 0,
-) -> Interval:
-    """`score` of all `count` questions with its percentile-bootstrap interval, clustered as `mean_interval`.
+) -> NDArray[np.float64]:
+    """`score` of bootstrap draws (samples) from `count` questions, for scores that are no mean of what each
+    question earns (mAP, BLEU).
 
-    For scores that are no mean of what each question earns (mAP, BLEU): `score` takes the indices of drawn
-    questions, an index as often as it was drawn, and is asked `samples` times; draws of which it says NaN are
-    left out. `low` and `high` are NaN where it does so of all.
+    `clusters` as in `mean_interval`. `score` takes the indices of drawn questions, an index as often as it
+    was drawn, and says NaN where a draw has no score. Equal arguments draw the same questions, so that the
+    draws of two models can be subtracted.
     """
-    _check_interval(confidence, samples)
     if clusters is not None and len(clusters) != count:
         raise ValueError(f"{count} questions but {len(clusters)} clusters: give one for each question")
     groups: dict[Hashable, list[int]] = {}
     for index in range(count):
         groups.setdefault(index if clusters is None else clusters[index], []).append(index)
     members = [np.array(rows) for rows in groups.values()]
-    drawn = [row for draws in _draws(len(members), samples, seed) for row in draws]
-    scores = np.array([score(np.concatenate([members[cluster] for cluster in row])) for row in drawn])
-    scores = scores[~np.isnan(scores)]
+    drawn = (row for draws in _draws(len(members), samples, seed) for row in draws)
+    return np.array([score(np.concatenate([members[cluster] for cluster in row])) for row in drawn])
+
+
+def drawn_interval(value: float, draws: ArrayLike, confidence: float = 0.95) -> Interval:
+    """`value` with the percentile interval of bootstrap `draws`; those that are NaN are left out, and where
+    none is left the interval is NaN."""
+    found = np.asarray(draws, dtype=np.float64)
+    found = found[~np.isnan(found)]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(scores, [tail, 1 - tail]) if len(scores) else (math.nan, math.nan)
-    return Interval(score(np.arange(count)), float(low), float(high))
+    low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (math.nan, math.nan)
+    return Interval(value, float(low), float(high))
 
 
 def mean_interval(
@@ -143,7 +148,10 @@ def _interval(
     above: NDArray[np.float64], below: NDArray[np.float64], confidence: float, samples: int, seed: int
 ) -> Interval:
     """Sum of `above` over sum of `below` (a value of each cluster), with its percentile interval."""
-    _check_interval(confidence, samples)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence!r}: give a number between 0 and 1, such as 0.95")
+    if samples < 1:
+        raise ValueError(f"samples {samples!r}: give at least one bootstrap sample")
     ratios = []
     for drawn in _draws(len(above), samples, seed):
         divisors = below[drawn].sum(axis=1)
@@ -152,13 +160,6 @@ def _interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return Interval(float(above.sum() / below.sum()), float(low), float(high))
-
-
-def _check_interval(confidence: float, samples: int) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence!r}: give a number between 0 and 1, such as 0.95")
-    if samples < 1:
-        raise ValueError(f"samples {samples!r}: give at least one bootstrap sample")
 
 
 def _draws(clusters: int, samples: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from envs.prompts import Prompt
 
 from ..metrics.benchmark import Benchmark, Example, Score, questions
-from ..statistics import Interval, mcnemar, mean_interval, paired_interval, score_interval
+from ..runs import progress
+from ..statistics import drawn_interval, mcnemar, mean_interval, paired_interval, score_draws
 from .judged import Variant
 from .timing import Timing, measure_cache, time_variants
 
@@ -50,7 +51,9 @@ class Comparison:
     groups: dict[str, NDArray[np.int64]]
     timings: dict[str, list[Timing]]
     caches: list[dict[str, NDArray[np.float64]]]
+    score_samples: int
     copies: dict[tuple[int, int], Example] = field(default_factory=dict, repr=False)
+    drawn: dict[int, NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def measure(
@@ -62,6 +65,7 @@ class Comparison:
         batch_size: int,
         repeats: int,
         max_new_tokens: int,
+        score_samples: int,
     ) -> Comparison:
         """Time the variants in turns on a batch of each source, and weigh their caches."""
         prompts = [example.prompt for example in examples]
@@ -87,7 +91,7 @@ class Comparison:
             }
             for variant in variants
         ]
-        return cls(variants, benchmark, examples, predictions, groups, timings, caches)
+        return cls(variants, benchmark, examples, predictions, groups, timings, caches, score_samples)
 
     @property
     def sources(self) -> list[str]:
@@ -186,13 +190,8 @@ class Comparison:
             found = mean_interval(percent, self.clusters(rows))
             apart = paired_interval(percent, others, self.clusters(rows))
         else:
-            every = self.clusters(self.groups[ALL])
-            found = score_interval(lambda drawn: self.headline(index, drawn), len(every), every)
-            apart = Interval(0.0, 0.0, 0.0)
-            if index:
-                apart = score_interval(
-                    lambda drawn: self.headline(index, drawn) - self.headline(0, drawn), len(every), every
-                )
+            found = drawn_interval(score.headline, self.draws(index))
+            apart = drawn_interval(score.headline - first.headline, self.draws(index) - self.draws(0))
         return {
             "score": score.headline,
             "score_interval": [found.low, found.high],
@@ -201,6 +200,20 @@ class Comparison:
             "unit": score.unit,
             "details": score.details,
         }
+
+    def draws(self, index: int) -> NDArray[np.float64]:
+        """The benchmark's number of a variant for `score_samples` bootstrap draws of the questions."""
+        if index not in self.drawn:
+            label = f"{self.variants[index].name}: interval of {self.benchmark.name}"
+            turns = progress(range(self.score_samples), label)
+
+            def score(drawn: NDArray[np.int64]) -> float:
+                next(turns)
+                return self.headline(index, drawn)
+
+            every = self.clusters(self.groups[ALL])
+            self.drawn[index] = score_draws(score, len(every), every, self.score_samples)
+        return self.drawn[index]
 
     def headline(self, index: int, drawn: NDArray[np.int64]) -> float:
         """The benchmark's number of a variant for drawn questions, in their order."""

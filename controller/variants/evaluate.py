@@ -48,7 +48,12 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         result = read_result(out)
         print(table(result))
         return result
-    bench = benchmark(options.benchmark)
+    bench = benchmark(options.benchmark, metrics=options.metrics)
+    if not bench.askable:
+        raise ValueError(
+            f"--benchmark {bench.name}: its sounds or molecules cannot be shown to a model here; make the "
+            "answers elsewhere and give them to deepinsert score"
+        )
     examples, skipped = read_examples(options, bench)
     prompts = [example.prompt for example in examples]
     variants = load_variants(options, prompts)
@@ -61,6 +66,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         options.batch_size,
         options.timing_repeats,
         options.max_new_tokens,
+        options.score_samples,
     )
     result = {
         "benchmark": {"name": bench.name, "source": bench.source, "settings": bench.settings},

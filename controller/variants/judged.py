@@ -99,14 +99,14 @@ def policy_variant(
     return Variant("policy", folder, backbone, layers, policy, asked)
 
 
-def variant_names(folders: Sequence[Path]) -> list[str]:
+def variant_names(folders: Sequence[Path], option: str = "--variants") -> list[str]:
     """A short name for each folder: its own, with as many of its parents' as make all names different."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"--variants {' '.join(map(str, folders))}: a folder is given twice")
+        raise ValueError(f"{option} {' '.join(map(str, folders))}: a folder is given twice")
     longest = max((len(path.parts) for path in resolved), default=1)
     for depth in range(1, longest + 1):
         names = ["-".join(part.strip("/") for part in path.parts[-depth:]) for path in resolved]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"--variants {' '.join(map(str, folders))}: no names tell these folders apart")
+    raise ValueError(f"{option} {' '.join(map(str, folders))}: no names tell these folders apart")

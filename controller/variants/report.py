@@ -14,6 +14,7 @@ import numpy as np
 from ..option_checks import check
 from ..options import ReportOptions
 from ..runs import describe_machine, read_config, read_result, replacing, start_run, write_json, write_result
+from .judged import variant_names
 from .pictures import figure1, layer_of
 
 INSTRUCTIONS = "instructions"
@@ -33,11 +34,11 @@ def run(options: ReportOptions) -> dict[str, Any]:
     check(options)
     out = start_run(options)
     results = []
-    for folder in options.runs:
+    for name, folder in zip(variant_names(options.runs, "--runs"), options.runs, strict=True):
         config = read_config(folder)
         if config is None or config["command"] != "evaluate" or not (folder / "result.json").is_file():
             raise ValueError(f"--runs {folder}: not the folder of a finished evaluate")
-        results.append(read_result(folder) | {"run": folder.name})
+        results.append(read_result(folder) | {"run": name})
     found = write_table1(results, out)
     write_result(out, found)
     print((out / "table1.md").read_text("utf-8"))

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.statistics import mcnemar, mean_interval, paired_interval, ratio_interval, score_interval
+from controller.statistics import (
+    drawn_interval,
+    mcnemar,
+    mean_interval,
+    paired_interval,
+    ratio_interval,
+    score_draws,
+)
 
 
 def coverage(draw, clusters=None, trials=300):
@@ -166,18 +173,25 @@ def test_mcnemar_refuses_what_is_no_verdict():
 def test_a_score_s_interval_is_that_of_the_mean_where_the_score_is_one():
     rng = np.random.default_rng(3)
     values, clusters = rng.normal(size=120), list(np.repeat(np.arange(30), 4))
-    found = score_interval(lambda rows: float(values[rows].mean()), 120, clusters, samples=2000)
-    assert found == pytest.approx(mean_interval(values, clusters), abs=1e-9)
+    draws = score_draws(lambda rows: float(values[rows].mean()), 120, clusters, samples=2000)
+    assert drawn_interval(values.mean(), draws) == pytest.approx(mean_interval(values, clusters), abs=1e-9)
+
+
+def test_draws_of_two_models_are_of_the_same_questions():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 60))
+    first, second = (score_draws(lambda rows, own=own: float(own[rows].mean()), 60) for own in (a, b))
+    found = drawn_interval((a - b).mean(), first - second)
+    assert found == pytest.approx(paired_interval(a, b, samples=200), abs=1e-9)
 
 
 def test_a_score_s_interval_leaves_out_draws_that_have_none():
     def score(rows):
         return float("nan") if 0 in rows else 1.0 * (rows == 1).sum()
 
-    mean, low, high = score_interval(score, 3, samples=500)
-    assert np.isnan(mean) and 0 <= low < high <= 3
-    assert np.isnan(score_interval(lambda rows: float("nan"), 3).low)
+    mean, low, high = drawn_interval(1.5, score_draws(score, 3, samples=500))
+    assert mean == 1.5 and 0 <= low < high <= 3
+    assert np.isnan(drawn_interval(1.5, [float("nan")]).low) and np.isnan(drawn_interval(1.5, []).high)
+    assert len(score_draws(score, 3, samples=0)) == 0
     with pytest.raises(ValueError, match="3 questions but 1 clusters"):
-        score_interval(score, 3, ["a"])
-    with pytest.raises(ValueError, match="samples 0"):
-        score_interval(score, 3, samples=0)
+        score_draws(score, 3, ["a"])

@@ -116,6 +116,11 @@ def test_a_run_cut_off_keeps_the_answers_it_has(result: dict[str, Any], options:
             assert old[name] == new[name]
 
 
+def test_questions_that_cannot_be_shown_are_refused(options: EvaluateOptions) -> None:
+    with pytest.raises(ValueError, match=r"--benchmark esc50: its sounds.*deepinsert score"):
+        evaluate.run(replace(options, out=options.out / "z", benchmark="esc50"))
+
+
 def test_a_share_is_drawn_by_image_and_sources_are_refused(options: EvaluateOptions) -> None:
     whole, _ = evaluate.read_examples(options, BENCHMARKS["pope"])
     half, _ = evaluate.read_examples(replace(options, fraction=0.5), BENCHMARKS["pope"])
@@ -204,7 +209,7 @@ def comparison(backbone: Backbone, examples: list[Example], score: Any, said: li
     ]
     groups = by_source([example.prompt for example in examples])
     rule = Benchmark("own", "tests", lambda data, root: examples, score)
-    return Comparison(variants, rule, examples, predictions, groups, {}, [])
+    return Comparison(variants, rule, examples, predictions, groups, {}, [], 200)
 
 
 def test_rotations_of_a_question_count_once(tiny_backbone: Backbone) -> None:
