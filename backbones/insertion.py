@@ -67,7 +67,8 @@ def set_insert_layer(model: Any, insert_layer: int) -> None:
     layer = operator.index(insert_layer)
     insertion.check([layer])
     insertion.insert_layer = layer
-    setattr(base_model_of(model).config, CONFIG_KEY, {"insert_layer": layer})
+    config = base_model_of(model).config
+    setattr(config, CONFIG_KEY, {**(getattr(config, CONFIG_KEY, None) or {}), "insert_layer": layer})
 
 
 def insert_layer_of(model: Any) -> int:

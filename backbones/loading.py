@@ -1,15 +1,16 @@
 """A backbone in hand: the stock model, its processor, and where it came from.
 
 `load_backbone` goes through `from_pretrained` alone, so any checkpoint in the published format loads; the
-insert layer is read from `config.json`.
+insert layer is read from `config.json`, or from `deepinsert.json` beside an adapter.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .families import find_stack, placeholder_token_ids
 from .insertion import deep_insert, insert_at, insert_layer_of
@@ -41,6 +44,10 @@ HUB_ARGUMENTS = (
     "trust_remote_code",
 )
 """What says where a checkpoint is, and so holds for its configuration and processor too."""
+
+ADAPTER_FACTS = "deepinsert.json"
+"""Beside an adapter's files: its insert layer, and the backbone it was trained on, as `load_backbone` takes
+it."""
 
 
 class ModelPrompt(Protocol):
@@ -176,8 +183,9 @@ def load_backbone(
 ) -> Backbone:
     """Load a model with its processor and make its insert layer variable.
 
-    `source` is a folder, a hub id, or "tiny" for the backbone that comes with the package. `insert_layer`
-    defaults to the one in `config.json`, else 0. `dtype` "auto" means float32 on a CPU and the checkpoint's
+    `source` is a folder, a hub id, or "tiny" for the backbone that comes with the package; where it holds an
+    adapter alone, its base model is loaded and the adapter merged into it. `insert_layer` defaults to the one
+    in `config.json` or beside the adapter, else 0. `dtype` "auto" means float32 on a CPU and the checkpoint's
     own precision elsewhere. Further arguments, such as `revision`, reach `from_pretrained`; with `device_map`
     the model stays where that puts it. The model is in eval mode.
 
@@ -189,6 +197,13 @@ def load_backbone(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = torch.float32
+    where = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+    if (adapter := find_adapter_config_file(str(path), **where)) is not None:
+        base, inserted = adapter_facts(path, Path(adapter), where)
+        rest = {name: value for name, value in from_pretrained.items() if name not in where}
+        layer = inserted if insert_layer is None else insert_layer
+        backbone = load_backbone(base, insert_layer=layer, device=device, dtype=dtype, **rest)
+        return replace(backbone, model=merged(backbone.model, path, where), name=str(source))
     config = AutoConfig.from_pretrained(path, **hub)
     model = AutoModelForMultimodalLM.from_pretrained(path, config=config, dtype=dtype, **from_pretrained)
     processor = load_processor(path, config, **hub)
@@ -196,6 +211,22 @@ def load_backbone(
         model = model.to(device)
     model = deep_insert(model.eval(), insert_layer)
     return Backbone(model=model, processor=processor, name=str(source))
+
+
+def adapter_facts(path: str | Path, config: Path, where: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The base model of an adapter and the insert layer it was trained at, None where that is not told."""
+    told = cached_file(path, ADAPTER_FACTS, _raise_exceptions_for_missing_entries=False, **where)
+    if told is not None:
+        facts = json.loads(Path(told).read_text("utf-8"))
+        return facts["backbone"], facts["insert_layer"]
+    return json.loads(config.read_text("utf-8"))["base_model_name_or_path"], None
+
+
+def merged(model: PreTrainedModel, adapter: str | Path, where: Mapping[str, Any]) -> Any:
+    """`model` with an adapter's weights added to its own: the stock class again, without PEFT's layers."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter), **where).merge_and_unload().eval()
 
 
 def load_processor(path: str | Path, config: PreTrainedConfig, **hub: Any) -> Any:

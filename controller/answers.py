@@ -48,19 +48,24 @@ def losses_and_flops(
     batch_size: int = 32,
     label: str = "loss",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Loss (P) of each prompt's answer in nats at its insert layer (P), and prefill FLOPs (P, 2) there and at
-    layer 0."""
-    forward = BlockForward(backbone, prompts)
-    losses, flops = [], []
-    for start in progress(range(0, len(prompts), batch_size), label):
-        rows = slice(start, start + batch_size)
-        own = np.array(insert_layers[rows])
-        inputs = forward.encode(rows)
-        losses.append(forward.losses(inputs, own.tolist()))
-        layers, column = np.unique([0, *own], return_inverse=True)
-        costs = forward.flops(rows, inputs, layers.tolist())
-        flops.append(np.stack([costs[np.arange(len(own)), column[1:]], costs[:, 0]], axis=1))
-    return np.concatenate(losses), np.concatenate(flops)
+    """Loss (P) of each prompt's answer in nats at its insert layer (P), NaN where it has none, and prefill
+    FLOPs (P, 2) there and at layer 0."""
+    own = np.array(insert_layers)
+    answered = np.array([bool(prompt.answer) for prompt in prompts])
+    losses, flops = np.full(len(prompts), np.nan), np.empty((len(prompts), 2))
+    for known in (True, False):
+        where = np.flatnonzero(answered == known)
+        forward = BlockForward(backbone, [prompts[int(row)] for row in where])
+        starts = range(0, len(where), batch_size)
+        for start in progress(starts, label if known else f"{label}, no reference") if len(where) else ():
+            rows, part = where[start : start + batch_size], slice(start, start + batch_size)
+            inputs = forward.encode(part) if known else generation_inputs(backbone, forward.prompts[part])
+            layers, column = np.unique([0, *own[rows]], return_inverse=True)
+            costs = forward.flops(part, inputs, layers.tolist())
+            flops[rows] = np.stack([costs[np.arange(len(rows)), column[1:]], costs[:, 0]], axis=1)
+            if known:
+                losses[rows] = forward.losses(inputs, own[rows].tolist())
+    return losses, flops
 
 
 def generation_inputs(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:

@@ -66,6 +66,17 @@ COMMANDS = {
         "deepinsert score --data runs/demo/data/held_out/instructions.json "
         "--answers runs/demo/evaluate/predictions/finetune.jsonl --out runs/score",
     ),
+    "report": Command(
+        command_options.ReportOptions,
+        "variants.report",
+        "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
+    ),
+    "layer-study": Command(
+        command_options.LayerStudyOptions,
+        "studies.layer_study",
+        "deepinsert layer-study --data runs/demo/data/train/instructions.json --insert-layers 0,3,6 "
+        "--steps 60 --jobs 2 --out runs/layer-study",
+    ),
     "bench": Command(
         command_options.BenchOptions,
         "performance.bench",

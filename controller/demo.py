@@ -26,7 +26,7 @@ from .options import (
     TrainPolicyOptions,
 )
 from .runs import describe_machine, machine, read_result, same_run, start_run, write_json, write_result
-from .variants.comparison import columns
+from .variants.report import columns
 
 STEPS = ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate")
 INSTRUCTIONS = "instructions.json"

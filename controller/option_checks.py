@@ -25,6 +25,7 @@ COUNTS = {
     "multimodal_tokens",
     "images",
     "threads",
+    "jobs",
 }
 WISHES = ("skip_weight", "flops_ratio", "max_loss_increase")
 BENCH_CASES = ("prefill", "decode", "train-full", "train-lora", "rows", "ragged", "mixed")
@@ -133,6 +134,17 @@ def parse_skip_weights(text: str, skip_weight: float) -> tuple[float, float]:
     return low, high
 
 
+def parse_skip_weight_list(text: str) -> tuple[float, ...]:
+    """`"0,0.5"` as `(0.0, 0.5)`, in ascending order, each once. Raises `ValueError` for what is no weight."""
+    try:
+        weights = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        weights = [math.nan]
+    if not all(weight >= 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"--skip-weights {text!r}: give numbers of 0 or above, such as 0,0.1,0.5")
+    return tuple(weights)
+
+
 def parse_sources(text: str) -> tuple[str, ...] | None:
     """`"coco,gqa"` as `("coco", "gqa")`; an empty text means every source and gives None."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) or None
@@ -158,6 +170,11 @@ def check(options: Any) -> None:
         parse_share(values["max_bad"], "--max-bad")
     if "fraction" in values and not 0 < values["fraction"] <= 1:
         raise ValueError(f"--fraction {values['fraction']}: give a share above 0 and at most 1")
+    if "policy_fraction" in values and not 0 < values["policy_fraction"] <= 1:
+        share = values["policy_fraction"]
+        raise ValueError(f"--policy-fraction {share}: give a share above 0 and at most 1")
+    if "skip_weights" in values:
+        parse_skip_weight_list(values["skip_weights"])
     if "held_out" in values and not 0 < values["held_out"] < 1:
         raise ValueError(f"--held-out {values['held_out']}: give a share between 0 and 1")
     weight = values.get("skip_weight")
@@ -173,8 +190,11 @@ def check(options: Any) -> None:
         raise ValueError(f"--efficiency {values['efficiency']}: give a share above 0 and at most 1")
     if "peak_tflops" in values:
         _check_device(values)
-    if values.get("insert_layer", 0) < 0:
-        raise ValueError(f"--insert-layer {values['insert_layer']}: give 0 (the baseline) or a layer above")
+    layer = values.get("insert_layer", 0)
+    if layer != "random" and layer < 0:
+        raise ValueError(f"--insert-layer {layer}: give 0 (the baseline) or a layer above")
+    if "layer_distribution" in values:
+        _check_depths(values)
     if "max_loss_increase" in values:
         _check_wishes(values)
     _check_paths(values)
@@ -192,6 +212,32 @@ def _check_wishes(values: dict[str, Any]) -> None:
         raise ValueError(f"--table {table}: there is no such folder; give OUT/table of sweep")
 
 
+def _check_depths(values: dict[str, Any]) -> None:
+    """What belongs to `--insert-layer random` goes with nothing else."""
+    layer, given = values["insert_layer"], values["insert_layers"].strip() != "all"
+    source, weight = values["layer_distribution"], values["distillation"]
+    if not 0 <= weight <= 1:
+        raise ValueError(f"--distillation {weight}: give a weight between 0 and 1")
+    if layer != "random":
+        named = {"insert_layers": given, "layer_distribution": source != "uniform", "distillation": weight}
+        for name in (name for name, changed in named.items() if changed):
+            raise ValueError(
+                f"{flag(name)} {values[name]} goes with --insert-layer random, not with layer {layer}"
+            )
+    if source == "uniform":
+        return
+    if not (Path(source) / "policy.json").is_file():
+        raise ValueError(
+            f"--layer-distribution {source}: give uniform, or a run folder of train-policy (it has a "
+            "policy.json)"
+        )
+    if given:
+        raise ValueError(
+            f"--insert-layers {values['insert_layers']}: with a policy as --layer-distribution its own "
+            "layers are drawn from; leave one of the two out"
+        )
+
+
 def _check_device(values: dict[str, Any]) -> None:
     """A device of one's own needs all three numbers; one from the table none."""
     given = {name: values[name] for name in ("peak_tflops", "bandwidth_gb", "memory_gb")}
@@ -207,7 +253,9 @@ def _check_device(values: dict[str, Any]) -> None:
 def _check_paths(values: dict[str, Any]) -> None:
     """What must be there before a command starts: data, images, a policy, variants, a local backbone."""
     data, root = values.get("data"), values.get("image_root")
-    if data is not None and not (data.is_file() or (values.get("benchmark") and data.is_dir())):
+    # Published benchmarks may be folders of files.
+    folder = values.get("benchmark", "instructions") != "instructions" and data is not None and data.is_dir()
+    if data is not None and not data.is_file() and not folder:
         raise ValueError(f"--data {data}: there is no such file")
     answers = values.get("answers")
     if answers is not None and not answers.is_file():
@@ -222,6 +270,9 @@ def _check_paths(values: dict[str, Any]) -> None:
             raise ValueError(
                 f"--variants {folder}: no result.json there; give run folders of finished finetunes"
             )
+    for folder in values.get("runs", ()):
+        if not (folder / "result.json").is_file():
+            raise ValueError(f"--runs {folder}: no result.json there; give run folders of finished evaluates")
     if "prompt" in values:
         if (values["prompt"] is None) == (data is None):
             raise ValueError("give either --prompt (with --image) or --data")

@@ -130,8 +130,9 @@ class RecommendOptions(RunOptions, BackboneOptions):
 class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
     """Finetune a variant whose multimodal tokens enter at a fixed layer."""
 
-    insert_layer: int = 0
-    """Insert layer of the variant; 0 finetunes the baseline."""
+    insert_layer: int | Literal["random"] = 0
+    """Insert layer of the variant; 0 finetunes the baseline, "random" one model for all layers, each row at
+    a layer drawn anew in each epoch."""
     method: Literal["lora", "full"] = "lora"
     """LoRA on the text model's linear layers, or every weight but the encoder's."""
     steps: int = 200
@@ -144,12 +145,28 @@ class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
     """Batches per optimiser step."""
     save_every: int = 100
     """Optimiser steps between checkpoints that a killed run continues from."""
+    push_to_hub: bool = False
+    """Publish the variant on the Hugging Face Hub at the end; also pushes a run that has finished."""
+    hub_model_id: str | None = None
+    """Repository to push to, as user/name; by default the run folder's name, in your own namespace."""
+    hub_private_repo: bool = False
+    """Make the repository private where it is made."""
+    insert_layers: str = "all"
+    """Layers that "random" draws from: all, 0-7 or 0,4,8; of a policy always its own."""
+    layer_distribution: str = "uniform"
+    """Or a run folder of train-policy: each prompt's layer by the policy's probabilities. Where weights are
+    sharded (FSDP, ZeRO-3) a whole step has one layer, since processes must call each layer equally often."""
+    distillation: float = 0.0
+    """Weight of learning from the model's own answers at layer 0 instead of labels, 0 to 1; costs another
+    forward a step."""
 
 
 @dataclass(kw_only=True)
 class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
     """Put variants beside the baseline: accuracy, loss, FLOPs, measured time, KV-cache bytes."""
 
+    benchmark: str = "instructions"
+    """Whose data and rule: instructions (LLaVA's JSON, exact match), or a published benchmark by name."""
     variants: tuple[Path, ...] = ()
     """Run folders of finetune, the baseline first; `--backbone` itself is used where none is given."""
     insert_layers: str | None = None
@@ -183,6 +200,46 @@ class ScoreOptions(RunOptions):
     """Tokens that BLEU counts for chebi20: words, or the tokenizer of a model (folder or hub id)."""
     metrics: str | None = None
     """Of a captions benchmark only these: bleu,rouge,meteor,cider,spice (what it has of them)."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """Put several evaluations of the same variants into one table and one picture."""
+
+    out: Path
+    """Run folder."""
+    runs: tuple[Path, ...]
+    """Run folders of evaluate, each of another benchmark or data set."""
+
+
+@dataclass(kw_only=True)
+class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
+    """Finetune at every insert layer, and see whether the frozen model would have told which is best."""
+
+    insert_layers: str = "all"
+    """Layers to finetune at: all, 0-7 or 0,4,8."""
+    held_out: float = 0.1
+    """Share of images that every variant is judged on and none is trained on."""
+    method: Literal["lora", "full"] = "full"
+    """What finetuning trains, as in finetune."""
+    learning_rate: float | None = 1e-3
+    """Peak learning rate of every variant; the default suits the tiny backbone, full."""
+    steps: int = 300
+    """Optimiser steps of every variant, that for all depths included."""
+    random: bool = True
+    """Also train one model for all these layers, with as many steps."""
+    distillation: float = 0.5
+    """Also train that with this weight of learning from its own answers at layer 0; 0 for without."""
+    skip_weights: str = "0,0.1,0.2,0.5,1"
+    """Skip weights λ at which the layer of highest reward is compared, before and after finetuning."""
+    policy_fraction: float = 0.1
+    """Share of the training images that train-policy learns its expectation from."""
+    max_new_tokens: int = 32
+    """Longest answer to generate."""
+    save_every: int = 100
+    """Optimiser steps between checkpoints that a killed study continues from."""
+    jobs: int = 1
+    """Commands to run at a time, each with its share of the threads."""
 
 
 @dataclass(kw_only=True)

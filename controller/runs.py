@@ -42,8 +42,16 @@ PACKAGES = (
     "pillow",
 )
 
-# Options that change where or how fast a run goes, not what it finds: the same run may continue with others.
-FREE_OPTIONS = ("out", "device", "shard", "shard_prompts")
+# Options that change where or how fast a run goes, or what is done with it: it may continue with others.
+FREE_OPTIONS = (
+    "out",
+    "device",
+    "shard",
+    "shard_prompts",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+)
 
 
 def command_of(options: Any) -> str:

@@ -63,13 +63,14 @@ class BlockForward:
         return CostModel.from_model(self.backbone.model)
 
     def count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Text and multimodal tokens of each prompt, up to where its last answer begins."""
-        answered = inputs["labels"] != IGNORED
-        begins = answered & ~torch.nn.functional.pad(answered, (1, 0))[:, :-1]
-        place = torch.arange(answered.shape[1], device=answered.device)
-        last_begin = torch.where(begins, place, -1).amax(dim=1, keepdim=True)
-        before = inputs["attention_mask"].bool() & (place < last_begin)
-        placeholders = torch.tensor(sorted(self.backbone.placeholder_ids), device=answered.device)
+        """Text and multimodal tokens of each prompt up to where its last answer begins, if it has labels."""
+        before = inputs["attention_mask"].bool()
+        if "labels" in inputs:
+            answered = inputs["labels"] != IGNORED
+            begins = answered & ~torch.nn.functional.pad(answered, (1, 0))[:, :-1]
+            place = torch.arange(answered.shape[1], device=answered.device)
+            before = before & (place < torch.where(begins, place, -1).amax(dim=1, keepdim=True))
+        placeholders = torch.tensor(sorted(self.backbone.placeholder_ids), device=before.device)
         multimodal = before & torch.isin(inputs["input_ids"], placeholders)
         return (before & ~multimodal).sum(dim=1).cpu().numpy(), multimodal.sum(dim=1).cpu().numpy()
 

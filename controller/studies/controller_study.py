@@ -38,8 +38,8 @@ from ..policy.sweep import summary as sweep_summary
 from ..policy.training import run as run_training
 from ..policy.training import split_prompts
 from ..runs import describe_machine, machine, read_result, replacing, start_run, write_json, write_result
-from ..variants.comparison import table as evaluate_table
 from ..variants.evaluate import run as run_evaluate
+from ..variants.report import table as evaluate_table
 from .ablation import ObservationAblationOptions
 from .ablation import run as run_ablation
 from .lambda_study import study as lambda_study

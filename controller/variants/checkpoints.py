@@ -11,49 +11,109 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from ..runs import sync, write_json
+from ..runs import replacing, sync, to_json
+from .storage import naming_storage
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+TRAINING = "training"  # folder of the checkpoints in a run folder
 KEPT = 2  # complete checkpoints: the newest, and the one before it should a disk spoil the newest
+
+Answer = TypeVar("Answer")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that belongs to another training, or whose weights do not fit the model."""
+    """A checkpoint that is spoilt, belongs to another training, or whose weights do not fit the model."""
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Declare `folder` complete: sync its files, then write their sizes and SHA-256 sums with `facts`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    """Declare `folder` complete: sync its files, then write their sizes and SHA-256 sums with `facts`.
+
+    The model card is left out: evaluation adds its results to it later.
+    """
     sums = {}
-    for path in files:
+    for path in listed_files(folder):
         sync(path)
         sums[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync(path)
-    write_json(folder / MANIFEST, {**facts, "files": sums})
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(manifest_text({**facts, "files": sums}), "utf-8")
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """The manifest's only spelling: JSON with a SHA-256 over itself, so that any changed byte shows."""
+    body = {name: value for name, value in to_json(content).items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "digest": digest}, indent=2, allow_nan=False) + "\n"
+
+
+def listed_files(folder: Path) -> list[Path]:
+    """What a manifest lists: every file but itself, the model card, and hidden ones such as `.DS_Store`."""
+    left_out = (folder / MANIFEST, folder / CARD)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in left_out]
+    return [path for path in files if not path.name.startswith(".")]
+
+
+def check_whole(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are those that were written, all of them and no other.
+
+    A file that the manifest does not list counts as damage too: loaders take what they find, such as another
+    `adapter_model.bin` or an index of weights. Raises `CheckpointError` naming what is wrong, and `OSError`
+    where a file cannot be read.
+    """
+    listed = manifest_files(folder)
+    found = {path.relative_to(folder).as_posix(): path for path in listed_files(folder)}
+    for name in sorted(listed["files"].keys() | found.keys()):
+        if name not in found:
+            raise CheckpointError(f"{folder} is spoilt: {name} is missing")
+        if name not in listed["files"]:
+            raise CheckpointError(f"{folder} is spoilt: {name} was not written with it")
+    # Sizes first: a cut file is found without reading gigabytes.
+    changed = [
+        name for name, entry in listed["files"].items() if found[name].stat().st_size != entry["bytes"]
+    ]
+    changed = changed or [
+        name for name, entry in listed["files"].items() if sha256(found[name]) != entry["sha256"]
+    ]
+    if changed:
+        raise CheckpointError(f"{folder} is spoilt: {changed[0]} is not what was written")
+    return listed
+
+
+def manifest_files(folder: Path) -> dict[str, Any]:
+    """The manifest as it was written, whatever the files are. Raises `CheckpointError` for any other."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        if manifest_text(manifest).encode() != text or not manifest["files"]:
+            raise ValueError
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not complete: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{folder} is spoilt: {MANIFEST} is not what was written") from None
+    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete folder; None where it is missing, or a file is missing, cut or changed."""
+    """The manifest of a complete folder; None for one that `check_whole` refuses."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files = manifest["files"].items()
-        # Sizes first: a cut file is found without reading gigabytes.
-        whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in files)
-        whole = whole and all(sha256(folder / name) == entry["sha256"] for name, entry in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return check_whole(folder)
+    except CheckpointError:
         return None
-    return manifest if whole and files else None
 
 
 def sha256(path: Path) -> str:
@@ -71,12 +131,17 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def newest_complete(folder: Path, identity: dict[str, Any]) -> Path | None:
     """The newest complete checkpoint in `folder`, None without one; broken ones newer than it are removed.
 
-    `identity` says what is trained on what; `CheckpointError` where the checkpoint's differs.
+    One that was complete and is spoilt now is named on stderr; one that a kill left unfinished is not.
+    `identity` says what is trained on what; `CheckpointError` where the checkpoint's differs, `OSError` where
+    one cannot be read, which says nothing about its files.
     """
     for path in checkpoint_folders(folder):
-        manifest = read_manifest(path)
-        if manifest is None:
-            shutil.rmtree(path)
+        try:
+            manifest = check_whole(path)
+        except CheckpointError as error:
+            if (path / MANIFEST).exists():
+                print(f"{error}; continuing from the checkpoint before it", file=sys.stderr)
+            remove_checkpoint(path)
             continue
         recorded = manifest.get("identity", {})
         changed = [name for name in identity if recorded.get(name) != identity[name]]
@@ -89,11 +154,21 @@ def newest_complete(folder: Path, identity: dict[str, Any]) -> Path | None:
     return None
 
 
+def newest_name(folder: Path) -> str | None:
+    """Name of the newest checkpoint in `folder` that has a manifest; its files are not read."""
+    return next((path.name for path in checkpoint_folders(folder) if (path / MANIFEST).is_file()), None)
+
+
 def keep_newest(folder: Path, kept: int = KEPT) -> None:
-    """Remove all but the `kept` newest checkpoints, each manifest first: no half of one must look whole."""
+    """Remove all but the `kept` newest checkpoints."""
     for path in checkpoint_folders(folder)[kept:]:
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, its manifest first: no half of one must look whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -114,39 +189,111 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def how_to_continue(training: Path) -> str:
+    """What a user does after an error of the disk, and where the run will then go on."""
+    newest = newest_name(training)
+    where = f"step {newest.rpartition('-')[2]}, {training / newest} being complete" if newest else "the start"
+    return (
+        "Free space there or make it writable (or copy the folder elsewhere and name that as --out), then "
+        f"give the same command again: it continues from {where}."
+    )
+
+
+def continuable(run: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """A command's `run(options)` whose errors of the disk say what is wrong and where it will go on."""
+
+    @wraps(run)
+    def named(options: Any) -> Answer:
+        out = Path(options.out)
+        with naming_storage(out, lambda: how_to_continue(out / TRAINING)):
+            return run(options)
+
+    return named
+
+
+def decided_by_one(decide: Callable[[], Answer], leader: bool) -> Answer:
+    """What `decide` returns in the leading process, in every process; its `ValueError` or `OSError` too."""
+    answer: list[Any] = [None, None]
+    if leader:
+        try:
+            answer[0] = decide()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
 class ResumableTrainer(Trainer):
     """A `Trainer` whose checkpoints are complete or ignored and restore every weight.
 
-    `identity` goes into each manifest: what is trained on what.
+    `identity` goes into each manifest: what is trained on what. A full or read-only disk is a `StorageError`
+    that leaves the checkpoints before it.
     """
 
     def __init__(self, *args: Any, identity: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.identity = identity or {}
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `Trainer.train`; `resume_from_checkpoint=True` means the newest complete checkpoint, if any."""
-        if kwargs.get("resume_from_checkpoint") is True:
-            newest = newest_complete(Path(str(self.args.output_dir)), self.identity)
-            kwargs["resume_from_checkpoint"] = str(newest) if newest else None
-        return super().train(*args, **kwargs)
+    @property
+    def training_folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `resume_from_checkpoint=True` means the newest complete checkpoint, if any,
+        which the first process chooses for all."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = decided_by_one(self._newest, self.args.process_index == 0)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest(self) -> str | None:
+        newest = newest_complete(self.training_folder, self.identity)
+        if newest is None:
+            return None
+        processes = manifest_files(newest).get("processes", 1)
+        if processes != self.args.world_size:
+            print(
+                f"{newest} was written by {processes} processes and is continued by {self.args.world_size}: "
+                "random numbers (dropout) will differ from an uninterrupted run's",
+                file=sys.stderr,
+            )
+        return str(newest)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        folder = self.training_folder / f"checkpoint-{self.state.global_step}"
+        try:
+            with naming_storage(folder, lambda: how_to_continue(self.training_folder)):
+                if self.args.should_save:
+                    remove_checkpoint(folder)  # what a kill left must not mix with this one
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                # A process that failed never comes here, so that no manifest is written without its files.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._declare_complete(folder)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # gives its space back
+            raise
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what a kill left must not mix with this one
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(folder, step=self.state.global_step, identity=self.identity)
-            keep_newest(folder.parent)
+            keep_newest(self.training_folder)
+
+    def _declare_complete(self, folder: Path) -> None:
+        processes = self.args.world_size
+        ranks = [f"_{rank}" for rank in range(processes)] if processes > 1 else [""]
+        absent = [name for rank in ranks if not (folder / (name := f"rng_state{rank}.pth")).is_file()]
+        if absent and not self.args.save_on_each_node:
+            raise CheckpointError(
+                f"{folder} has no {absent[0]}: --out must be a folder that all processes share"
+            )
+        write_manifest(folder, step=self.state.global_step, processes=processes, identity=self.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore the weights. The stock method loads a multimodal model's file under the names it has on
-        disk, which are not those in memory, and restores nothing; `from_pretrained` knows both."""
+        disk, which are not those in memory, and restores nothing; `from_pretrained` knows both. Adapters, and
+        what FSDP has sharded, it restores rightly."""
         target: Any = self.model if model is None else model
-        if isinstance(target, PeftModel) or not isinstance(target, PreTrainedModel):
+        if isinstance(target, PeftModel) or not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         kind: Any = type(target)
         restored, report = kind.from_pretrained(

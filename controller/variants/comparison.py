@@ -1,22 +1,19 @@
-"""Variants beside the baseline, over all prompts and by source: the figures, the table and the picture."""
+"""Variants beside the baseline, over all prompts and by source: every figure of `result.json`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from envs.prompts import Prompt
 
-from ..runs import describe_machine, save_figure
-from ..statistics import mean_interval, paired_interval
+from ..metrics.benchmark import Benchmark, Example, Score, questions
+from ..statistics import Interval, mcnemar, mean_interval, paired_interval, score_interval
 from .judged import Variant
 from .timing import Timing, measure_cache, time_variants
 
@@ -26,13 +23,14 @@ CACHE_SAMPLE = 16  # prompts of each source whose cache is weighed
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a variant made of P prompts: answers, whether each is right, and losses in nats, (P) each.
+    """What a variant made of P prompts: answers, what they earned, and losses in nats (P), NaN where there is
+    no reference to compute one on.
 
     `flops` (P, 2) are those of the prefill at the variant's insert layer and at layer 0.
     """
 
     answers: list[str]
-    correct: NDArray[np.float64]
+    score: Score
     losses: NDArray[np.float64]
     flops: NDArray[np.float64]
 
@@ -46,29 +44,34 @@ class Comparison:
     """
 
     variants: Sequence[Variant]
-    prompts: Sequence[Prompt]
+    benchmark: Benchmark
+    examples: Sequence[Example]
     predictions: Sequence[Predictions]
     groups: dict[str, NDArray[np.int64]]
     timings: dict[str, list[Timing]]
     caches: list[dict[str, NDArray[np.float64]]]
+    copies: dict[tuple[int, int], Example] = field(default_factory=dict, repr=False)
 
     @classmethod
     def measure(
         cls,
         variants: Sequence[Variant],
-        prompts: Sequence[Prompt],
+        benchmark: Benchmark,
+        examples: Sequence[Example],
         predictions: Sequence[Predictions],
         batch_size: int,
         repeats: int,
+        max_new_tokens: int,
     ) -> Comparison:
         """Time the variants in turns on a batch of each source, and weigh their caches."""
+        prompts = [example.prompt for example in examples]
         groups = by_source(prompts)
         sources = {name: rows for name, rows in groups.items() if name != ALL}
 
         # With one source its batch would be that of all prompts.
         timed = groups if len(sources) > 1 else {ALL: groups[ALL]}
         batches = {name: spread(rows, batch_size) for name, rows in timed.items()}
-        timings = time_variants(variants, prompts, batches, repeats)
+        timings = time_variants(variants, prompts, batches, repeats, max_new_tokens)
         weighed = {name: spread(rows, CACHE_SAMPLE) for name, rows in sources.items()}
         caches = [
             {
@@ -84,7 +87,7 @@ class Comparison:
             }
             for variant in variants
         ]
-        return cls(variants, prompts, predictions, groups, timings, caches)
+        return cls(variants, benchmark, examples, predictions, groups, timings, caches)
 
     @property
     def sources(self) -> list[str]:
@@ -100,7 +103,9 @@ class Comparison:
             "insert_layer": variant.insert_layer,
             "num_layers": variant.backbone.num_layers,
             **({} if variant.policy is None else {"skip_weight": variant.skip_weight}),
+            **self.scores(index),
             **self.figures(index, ALL),
+            **self.throughput(index),
             "per_source": {name: self.figures(index, name) for name in self.sources},
         }
 
@@ -113,11 +118,13 @@ class Comparison:
         mine, first = self.predictions[index], self.predictions[0]
         flops, stock = mine.flops[rows].mean(axis=0)
         measured, formula = self.cache(index, group)
+        known = rows[~np.isnan(mine.losses[rows])]
         return {
             "prompts": len(rows),
             **self.layers(index, rows),
-            **self.mean_and_difference("accuracy", mine.correct, first.correct, rows),
-            **self.mean_and_difference("loss", mine.losses, first.losses, rows),
+            **self.mean_and_difference("accuracy", mine.score.items, first.score.items, self.asked(group)),
+            "significance": self.significance(index, group),
+            **self.mean_and_difference("loss", mine.losses, first.losses, known),
             "flops": flops,
             "flops_ratio": flops / stock,
             **self.times(index, group),
@@ -130,23 +137,109 @@ class Comparison:
         variant = self.variants[index]
         if variant.policy is None:
             return {}
-        chosen = variant.insert_layers[[row for row in rows if self.prompts[row].images]]
+        chosen = variant.insert_layers[[row for row in rows if self.examples[row].prompt.images]]
         counts = {str(layer): int((chosen == layer).sum()) for layer in variant.policy.insert_layers}
         return {"mean_insert_layer": chosen.mean() if len(chosen) else None, "histogram": counts}
 
+    def asked(self, group: str) -> NDArray[np.int64]:
+        """Rows of a group, one for each question where a benchmark asks it several times."""
+        return np.intersect1d(self.groups[group], questions(self.examples))
+
+    def clusters(self, rows: NDArray[np.int64]) -> list[str]:
+        return [self.examples[row].prompt.image_key for row in rows]
+
     def mean_and_difference(
-        self, name: str, mine: NDArray[np.float64], first: NDArray[np.float64], rows: NDArray[np.int64]
+        self,
+        name: str,
+        mine: NDArray[np.float64] | None,
+        first: NDArray[np.float64] | None,
+        rows: NDArray[np.int64],
     ) -> dict[str, Any]:
-        """A mean with its interval, and how far it lies from the baseline's, prompt by prompt."""
-        clusters = [self.prompts[row].image_key for row in rows]
-        mean = mean_interval(mine[rows], clusters)
-        difference = paired_interval(mine[rows], first[rows], clusters)
+        """A mean with its interval, and how far it lies from the baseline's, prompt by prompt; None for all
+        where there is nothing to take a mean of."""
+        names = (name, f"{name}_interval", f"{name}_difference", f"{name}_difference_interval")
+        if mine is None or first is None or not len(rows):
+            return dict.fromkeys(names)
+        mean = mean_interval(mine[rows], self.clusters(rows))
+        difference = paired_interval(mine[rows], first[rows], self.clusters(rows))
+        found = (mean.mean, [mean.low, mean.high], difference.mean, [difference.low, difference.high])
+        return dict(zip(names, found, strict=True))
+
+    def significance(self, index: int, group: str) -> dict[str, Any] | None:
+        """McNemar's exact test against the baseline on the same questions; None for the baseline itself, and
+        where answers earn more than wrong or right: the interval of the difference says it there."""
+        mine, first = self.predictions[index].score.items, self.predictions[0].score.items
+        if index == 0 or mine is None or first is None:
+            return None
+        pair = np.stack([mine, first])[:, self.asked(group)]
+        if not np.isin(pair, (0, 1)).all():
+            return None
+        variant, baseline, p_value = mcnemar(*pair)
+        return {"test": "McNemar", "only_variant": variant, "only_baseline": baseline, "p_value": p_value}
+
+    def scores(self, index: int) -> dict[str, Any]:
+        """The benchmark's own number with its interval, how far it lies from the baseline's, and details."""
+        score, first = self.predictions[index].score, self.predictions[0].score
+        rows = self.asked(ALL)
+        if is_mean(score, rows) and is_mean(first, rows):
+            percent, others = (100 * np.asarray(each.items)[rows] for each in (score, first))
+            found = mean_interval(percent, self.clusters(rows))
+            apart = paired_interval(percent, others, self.clusters(rows))
+        else:
+            every = self.clusters(self.groups[ALL])
+            found = score_interval(lambda drawn: self.headline(index, drawn), len(every), every)
+            apart = Interval(0.0, 0.0, 0.0)
+            if index:
+                apart = score_interval(
+                    lambda drawn: self.headline(index, drawn) - self.headline(0, drawn), len(every), every
+                )
         return {
-            name: mean.mean,
-            f"{name}_interval": [mean.low, mean.high],
-            f"{name}_difference": difference.mean,
-            f"{name}_difference_interval": [difference.low, difference.high],
+            "score": score.headline,
+            "score_interval": [found.low, found.high],
+            "score_difference": score.headline - first.headline,
+            "score_difference_interval": [apart.low, apart.high],
+            "unit": score.unit,
+            "details": score.details,
         }
+
+    def headline(self, index: int, drawn: NDArray[np.int64]) -> float:
+        """The benchmark's number of a variant for drawn questions, in their order."""
+        answers = self.predictions[index].answers
+        copies: Counter[int] = Counter()
+        chosen = []
+        for row in drawn.tolist():
+            chosen.append(self.copy(row, copies[row]))
+            copies[row] += 1
+        return self.benchmark.score([answers[row] for row in drawn], chosen).headline
+
+    def copy(self, row: int, number: int) -> Example:
+        """An example drawn once more: to a rule that puts questions together, one about another image."""
+        example = self.examples[row]
+        if number == 0:
+            return example
+        if (row, number) not in self.copies:
+            prompt = example.prompt
+            key = f"{prompt.image_key} copy {number}"
+            own = replace(prompt, id=f"{prompt.id} copy {number}", image_key=key)
+            group = {"group": (example.facts["group"], number)} if "group" in example.facts else {}
+            self.copies[row, number] = replace(example, prompt=own, facts={**example.facts, **group})
+        return self.copies[row, number]
+
+    def throughput(self, index: int) -> dict[str, Any]:
+        """Questions and tokens of text a second in whole answers to a batch, and peak memory in bytes (CUDA
+        only, else None)."""
+        made = self.timings[ALL][index].generations
+        size = self.timings[ALL][index].batch_size
+        rates = {
+            "questions_per_second": [size / each.seconds for each in made],
+            "tokens_per_second": [each.tokens / each.seconds for each in made],
+        }
+        found: dict[str, Any] = {}
+        for name, values in rates.items():
+            low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+            found |= {name: median, f"{name}_quartiles": [low, high]}
+        peaks = [each.peak_bytes for each in made if each.peak_bytes is not None]
+        return found | {"peak_memory_bytes": max(peaks, default=None)}
 
     def times(self, index: int, group: str) -> dict[str, Any]:
         """Median times in ms with quartiles, and ratios against the baseline in the same repeats."""
@@ -173,6 +266,11 @@ class Comparison:
         return np.average(means, axis=0, weights=[len(self.groups[name]) for name in names])
 
 
+def is_mean(score: Score, rows: NDArray[np.int64]) -> bool:
+    """Whether a benchmark's number is the mean, in percent, of what questions (at `rows`) earn."""
+    return score.items is not None and bool(np.isclose(score.headline, 100 * score.items[rows].mean()))
+
+
 def by_source(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.int64]]:
     """Rows of all prompts, under `ALL`, and of those of each source, in order of name."""
     sources = np.array([prompt.source for prompt in prompts])
@@ -183,103 +281,3 @@ def by_source(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.int64]]:
 def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """At most `count` of `rows`, evenly spaced."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for a terminal: a line for each variant, then accuracy by source."""
-    heads = ("variant", "layer", "accuracy [95 %]", "loss", "FLOPs", "prefill", "time", "decode", "KV cache")
-    lines = []
-    for row in result["variants"]:
-        low, high = row["accuracy_interval"]
-        lines.append(
-            (
-                row["name"],
-                f"{layer_of(row)}/{row['num_layers']}",
-                f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]",
-                f"{row['loss']:.3f}",
-                f"{row['flops_ratio']:.3f}",
-                f"{row['prefill_ms']:.1f} ms",
-                f"{row['time_ratio']:.3f}",
-                f"{row['decode_ms']:.2f} ms",
-                f"{row['kv_cache_bytes'] / 1000:,.1f} kB",
-            )
-        )
-    sources = list(result["variants"][0]["per_source"])
-    accuracies = [
-        (row["name"], *(f"{row['per_source'][name]['accuracy']:.1%}" for name in sources))
-        for row in result["variants"]
-    ]
-    note = (
-        f"{result['prompts']} prompts about {result['images']} images. FLOPs: prefill against insert layer "
-        f"0. Time: prefill against {result['baseline']}.\n"
-        f"Prefill and decode (per token): batches of {result['variants'][0]['batch_size']}, "
-        f"{describe_machine(result['timing']['machine'])}."
-    )
-    blocks = [[heads, *lines], [("accuracy by source", *sources), *accuracies]]
-    return "\n\n".join(["\n".join(columns(block)) for block in blocks] + [note])
-
-
-def layer_of(row: dict[str, Any]) -> str:
-    """A variant's insert layer, or the mean of those that its policy chose."""
-    if row["insert_layer"] is not None:
-        return str(row["insert_layer"])
-    mean = row["mean_insert_layer"]
-    return "mean -" if mean is None else f"mean {mean:.2f}"
-
-
-def columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells as text, the first column to the left and the others to the right."""
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against prefill time (the paper's Figure 1), accuracy by source, and costs."""
-    variants = result["variants"]
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    scatter, sources, costs = figure.subplots(1, 3)
-    for row in variants:
-        low, high = row["accuracy_interval"]
-        error = [[row["accuracy"] - low], [high - row["accuracy"]]]
-        label = f"{row['name']} (layer {layer_of(row)})"
-        scatter.errorbar(row["prefill_ms"], row["accuracy"], error, fmt="o", capsize=3, label=label)
-    scatter.set(xlabel="measured prefill of a batch (ms)", ylabel="accuracy", title="Accuracy against time")
-    scatter.set_xlim(0, 1.1 * max(row["prefill_ms"] for row in variants))
-    scatter.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.legend(loc="outside lower center", ncols=len(variants), frameon=False)
-    names = list(variants[0]["per_source"])
-    bars(sources, names, [[row["per_source"][name]["accuracy"] for name in names] for row in variants])
-    sources.set(title="Accuracy by source", ylim=(0, 1))
-    sources.yaxis.set_major_formatter(PercentFormatter(1))
-    first = variants[0]
-    shares = [
-        [
-            row["flops"] / first["flops"],
-            row["time_ratio"],
-            row["decode_time_ratio"],
-            row["kv_cache_bytes"] / first["kv_cache_bytes"],
-        ]
-        for row in variants
-    ]
-    bars(costs, ["prefill FLOPs", "prefill time", "decode time", "KV cache"], shares)
-    costs.axhline(1, color="0.6", linewidth=1)
-    costs.set(title=f"Cost against {first['name']}")
-    figure.suptitle(
-        f"{result['prompts']} prompts, 95 % intervals; {describe_machine(result['timing']['machine'])}"
-    )
-    save_figure(figure, path)
-
-
-def bars(axes: Axes, names: Sequence[str], heights: Sequence[Sequence[float]]) -> None:
-    """A group of bars at each name, one for each variant, in the order of the legend's colours."""
-    width = 0.8 / len(heights)
-    for index, values in enumerate(heights):
-        offset = (index - (len(heights) - 1) / 2) * width
-        axes.bar(np.arange(len(names)) + offset, values, width)
-    axes.set_xticks(range(len(names)), names)

@@ -7,27 +7,35 @@ finetuned models, of a backbone at fixed insert layers, and of a policy that cho
 from __future__ import annotations
 
 import json
+import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from envs.prompts import Prompt, prompts_from
+from envs.prompts import prompts_from
 
 from ..answers import generate_answers, losses_and_flops
 from ..data import read_data
-from ..metrics.exact_match import exact_match
+from ..metrics.benchmark import Benchmark, Example, askable, check_images
 from ..option_checks import check
 from ..options import EvaluateOptions
-from ..runs import machine, read_result, replacing, start_run, write_result
-from .comparison import Comparison, Predictions, plot, table
+from ..runs import machine, read_result, replacing, start_run, to_json, write_result
+from .comparison import Comparison, Predictions
 from .judged import Variant, load_variants
+from .model_card import update_results
+from .pictures import plot
+from .report import table, write_table1
 from .timing import DECODE_TOKENS
+
+DEFAULT = "instructions"
 
 
 def run(options: EvaluateOptions) -> dict[str, Any]:
-    """Write `predictions/NAME.jsonl` for each variant, `evaluate.png` and `result.json`; return the result.
+    """Write `predictions/NAME.jsonl` for each variant, `table1.md`, `table1.json`, `figure1.png`,
+    `evaluate.png` and `result.json`; return the result.
 
     All variants are in memory at once: their times are only comparable when measured in turns. Predictions
     that a killed run has already written are kept, a finished run is not repeated. Raises `ValueError` for a
@@ -40,19 +48,27 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         result = read_result(out)
         print(table(result))
         return result
-    data = read_data(options)
-    prompts = prompts_from(data, per="turn")
+    bench = askable(options.benchmark)
+    examples, skipped = read_examples(options, bench)
+    prompts = [example.prompt for example in examples]
     variants = load_variants(options, prompts)
-    predictions = [predict(predictions_path(out, variant), variant, prompts, options) for variant in variants]
+    predictions = [predict(out, variant, bench, examples, options) for variant in variants]
     comparison = Comparison.measure(
-        variants, prompts, predictions, options.batch_size, options.timing_repeats
+        variants,
+        bench,
+        examples,
+        predictions,
+        options.batch_size,
+        options.timing_repeats,
+        options.max_new_tokens,
     )
     result = {
+        "benchmark": {"name": bench.name, "source": bench.source, "settings": bench.settings},
         "variants": [comparison.row(index) for index in range(len(variants))],
         "baseline": variants[0].name,
         "prompts": len(prompts),
         "images": len({prompt.image_key for prompt in prompts if prompt.images}),
-        "skipped": [repr(record) for record in data.skipped],
+        "skipped": skipped,
         "timing": {
             "batch_size": options.batch_size,
             "repeats": options.timing_repeats,
@@ -60,10 +76,51 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             "machine": machine(),
         },
     }
+    result = to_json(result)
     plot(result, out / "evaluate.png")
+    write_table1([result], out)
+    update_cards(variants, result, options.data.name, (out / "table1.md").read_text("utf-8"))
     write_result(out, result)
     print(table(result))
     return result
+
+
+def read_examples(options: EvaluateOptions, bench: Benchmark) -> tuple[list[Example], list[str]]:
+    """The questions that the options name, and what had to be left out of them.
+
+    A share of another benchmark than "instructions" is drawn image by image. Raises `DatasetError` for data
+    that cannot be used, `ValueError` for sources of another benchmark.
+    """
+    if bench.name == DEFAULT:
+        data = read_data(options)
+        prompts = prompts_from(data, per="turn")
+        examples = [Example(prompt, (prompt.answer,)) for prompt in prompts]
+        return examples, [repr(record) for record in data.skipped]
+    if options.sources:
+        raise ValueError(f"--sources {options.sources}: --benchmark {bench.name} has none to choose from")
+    examples = bench.read(options.data, options.image_root)
+    if options.fraction < 1:
+        images = sorted({example.prompt.image_key for example in examples})
+        count = max(1, round(options.fraction * len(images)))
+        kept = set(random.Random(options.seed).sample(images, count))
+        examples = [example for example in examples if example.prompt.image_key in kept]
+    check_images(examples)
+    return examples, []
+
+
+def update_cards(variants: Sequence[Variant], result: dict[str, Any], data: str, markdown: str) -> None:
+    """Put the table and each finetuned variant's figures into its model card; where a folder cannot be
+    written to, say so and go on."""
+    name = result["benchmark"]["name"]
+    for variant, row in zip(variants, result["variants"], strict=True):
+        if variant.path is None or variant.policy is not None:
+            continue
+        metrics = {row["unit"]: row["score"] / 100 if row["unit"] == "accuracy" else row["score"]}
+        metrics |= {} if row["loss"] is None else {"loss": row["loss"]}
+        try:
+            update_results(variant.path, markdown, metrics, data if name == DEFAULT else name)
+        except OSError as error:
+            print(f"{variant.path}: its model card was left as it is ({error})", file=sys.stderr)
 
 
 def predictions_path(out: Path, variant: Variant) -> Path:
@@ -71,54 +128,63 @@ def predictions_path(out: Path, variant: Variant) -> Path:
     return out / "predictions" / f"{variant.name.replace(':', '-')}.jsonl"
 
 
-def predict(path: Path, variant: Variant, prompts: Sequence[Prompt], options: EvaluateOptions) -> Predictions:
-    """Answers and losses of a variant on every prompt, read from the JSONL at `path` or written there."""
+def predict(
+    out: Path, variant: Variant, bench: Benchmark, examples: Sequence[Example], options: EvaluateOptions
+) -> Predictions:
+    """Answers and losses of a variant on every example, read from its JSONL in `out` or written there."""
+    path = predictions_path(out, variant)
+    prompts = [example.prompt for example in examples]
     backbone, layers = variant.backbone, variant.insert_layers.tolist()
-    rows = read_predictions(path, prompts, backbone.fingerprint, layers)
+    rows = read_predictions(path, examples, backbone.fingerprint, layers)
     if rows is None:
         size, label = options.batch_size, variant.name
         losses, flops = losses_and_flops(backbone, prompts, layers, size, f"{label}: loss")
         answers = generate_answers(
             backbone, prompts, layers, size, options.max_new_tokens, f"{label}: answers"
         )
+        items = bench.score(answers, examples).items
         rows = [
             {
-                "id": prompt.id,
-                "source": prompt.source,
-                "question": prompt.question,
-                "prediction": answer,
-                "reference": prompt.answer,
-                "correct": exact_match(answer, prompt.answer),
-                "loss": float(loss),
-                "flops": cost.tolist(),
+                "id": example.prompt.id,
+                "source": example.prompt.source,
+                "question": example.prompt.question,
+                "prediction": answers[row],
+                "reference": example.prompt.answer,
+                "references": list(example.references),
+                "score": None if items is None else float(items[row]),
+                "correct": None if items is None else bool(items[row] >= 1),
+                "loss": None if np.isnan(losses[row]) else float(losses[row]),
+                "flops": flops[row].tolist(),
                 "model": backbone.fingerprint,
-                "insert_layer": layer,
+                "insert_layer": layers[row],
             }
-            for prompt, answer, loss, cost, layer in zip(prompts, answers, losses, flops, layers, strict=True)
+            for row, example in enumerate(examples)
         ]
         with replacing(path) as temporary:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             temporary.write_text("".join(lines), encoding="utf-8")
+    answers = [row["prediction"] for row in rows]
     return Predictions(
-        answers=[row["prediction"] for row in rows],
-        correct=np.array([row["correct"] for row in rows], dtype=np.float64),
-        losses=np.array([row["loss"] for row in rows], dtype=np.float64),
+        answers=answers,
+        score=bench.score(answers, examples),
+        losses=np.array([np.nan if row["loss"] is None else row["loss"] for row in rows]),
         flops=np.array([row["flops"] for row in rows], dtype=np.float64),
     )
 
 
 def read_predictions(
-    path: Path, prompts: Sequence[Prompt], model: str, insert_layers: Sequence[int]
+    path: Path, examples: Sequence[Example], model: str, insert_layers: Sequence[int]
 ) -> list[dict[str, Any]] | None:
-    """Rows that an earlier start wrote; None unless of this model (its fingerprint), layers and prompts."""
+    """Rows that an earlier start wrote; None unless of this model (its fingerprint), layers and examples."""
     if not path.is_file():
         return None
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    if len(rows) != len(prompts):
+    if len(rows) != len(examples):
         return None
-    for row, prompt, layer in zip(rows, prompts, insert_layers, strict=True):
+    for row, example, layer in zip(rows, examples, insert_layers, strict=True):
+        prompt = example.prompt
         said = {"id": prompt.id, "question": prompt.question, "reference": prompt.answer}
-        want = {**said, "model": model, "insert_layer": layer}
+        want = {**said, "references": list(example.references), "model": model, "insert_layer": layer}
         if {key: row.get(key) for key in want} != want:
             return None
     return rows

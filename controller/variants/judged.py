@@ -15,6 +15,7 @@ from envs.prompts import Prompt
 from ..option_checks import parse_layers
 from ..options import EvaluateOptions
 from ..policy.layer_policy import LayerPolicy
+from .checkpoints import check_whole
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def finetuned_variants(options: EvaluateOptions, prompts: int) -> list[Variant]:
                 f"--variants {folder}: not the folder of a finished finetune (it needs result.json and "
                 "checkpoint/); run finetune with that --out, the same command continues a run cut off"
             )
+        check_whole(checkpoint)
         backbone = load_backbone(checkpoint, device=options.device, dtype=options.dtype)
         found.append(Variant.fixed(name, folder, backbone, prompts))
     return found

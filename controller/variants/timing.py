@@ -46,6 +46,21 @@ class Timing:
     """Per new token of the whole batch, mean over a repeat's tokens."""
     choice_ms: list[float]
     """In which a policy chose the layers, words and images read included; 0 without one."""
+    generations: list[Generation]
+    """Of the first named batch alone: answers as `generate` gives them, whatever their length."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers to one batch, from its words and images on: seconds, tokens of text, and peak bytes.
+
+    `peak_bytes` are those of this variant's weights and of what the generation adds; None but on CUDA, where
+    the allocator counts them.
+    """
+
+    seconds: float
+    tokens: int
+    peak_bytes: int | None
 
 
 def time_variants(
@@ -53,13 +68,15 @@ def time_variants(
     prompts: Sequence[Prompt],
     batches: Mapping[str, NDArray[Any]],
     repeats: int,
+    max_new_tokens: int,
     new_tokens: int = DECODE_TOKENS,
 ) -> dict[str, list[Timing]]:
     """Time every variant on each named batch, rows of `prompts`, each at the variant's insert layer for it; a
     list in the order of `variants` for each name.
 
     A repeat goes through all variants, the order turned around each time, so that whatever else slows the
-    machine falls on all of them. Warm-up repeats are not counted.
+    machine falls on all of them. Warm-up repeats are not counted. Prefill and decode are those of exactly
+    `new_tokens` tokens; whole answers, of the first batch, may be `max_new_tokens` long.
     """
     rounds = [(name, repeat) for name in batches for repeat in range(-WARM_UP, repeats)]
     inputs: list[dict[str, torch.Tensor]] = []
@@ -67,18 +84,22 @@ def time_variants(
     for name, repeat in progress(rounds, "timing"):
         asked = [prompts[row] for row in batches[name]]
         if name not in found:
-            found[name] = [Timing(len(asked), [], [], []) for _ in variants]
+            found[name] = [Timing(len(asked), [], [], [], []) for _ in variants]
             inputs = [generation_inputs(variant.backbone, asked) for variant in variants]
         order = list(range(len(variants)))
         for index in order if repeat % 2 == 0 else reversed(order):
             variant, timing = variants[index], found[name][index]
-            with variant.backbone.insert_at(variant.insert_layers[batches[name]].tolist()):
+            layers = variant.insert_layers[batches[name]].tolist()
+            with variant.backbone.insert_at(layers):
                 forwards = time_forwards(variant.backbone, inputs[index], new_tokens)
             choice = time_choice(variant, asked)
+            first = name == next(iter(batches))
+            whole = time_generation(variant, asked, layers, max_new_tokens) if first else None
             if repeat >= 0:
                 timing.prefill_ms.append(forwards.milliseconds[0])
                 timing.decode_ms.append(float(np.mean(forwards.milliseconds[1:])))
                 timing.choice_ms.append(choice)
+                timing.generations.extend([] if whole is None else [whole])
     return found
 
 
@@ -90,6 +111,33 @@ def time_choice(variant: Variant, prompts: Sequence[Prompt]) -> float:
     variant.policy.layers(variant.backbone, prompts, variant.skip_weight)
     synchronise(variant.backbone.device)
     return 1000 * (time.perf_counter() - started)
+
+
+def time_generation(
+    variant: Variant, prompts: Sequence[Prompt], insert_layers: Sequence[int], max_new_tokens: int
+) -> Generation:
+    """Answer a batch greedily, as a user would wait for it: layers chosen, images read, tokens made, text."""
+    backbone, device = variant.backbone, variant.backbone.device
+    model: Any = backbone.model
+    before = 0
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    if variant.policy is not None:
+        variant.policy.layers(backbone, prompts, variant.skip_weight)
+    inputs = generation_inputs(backbone, prompts)
+    with backbone.insert_at(insert_layers), torch.inference_mode():
+        made = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    told = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    backbone.tokenizer.batch_decode(made[:, told:], skip_special_tokens=True)
+    synchronise(device)
+    seconds = time.perf_counter() - started
+    special = torch.tensor(backbone.tokenizer.all_special_ids, device=device)
+    peak = None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - before + model.get_memory_footprint()
+    return Generation(seconds, int((~torch.isin(made[:, told:], special)).sum()), peak)
 
 
 def time_forwards(backbone: Backbone, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Forwards:

@@ -9,6 +9,7 @@ import torch
 from controller.policy.expectations import Training
 from controller.policy.frontier import frontier
 from controller.policy.layer_policy import LayerPolicy
+from controller.policy.training import train_policy
 from envs.observations import Normaliser, Observation
 from envs.rewards import RewardTable
 from envs.skip_weights import SkipWeights
@@ -72,6 +73,26 @@ def fit_policy(table, observations, skip_weights, backbone=("none", "none"), ste
         seed=0,
         training=Training.from_table(table, skip_weights.high, "depth"),
     )
+
+
+@pytest.fixture(scope="session")
+def save_policy():
+    """Saves a policy of a backbone that sends these prompts to many layers, as train-policy would."""
+
+    def save(backbone, prompts, folder):
+        losses = np.random.default_rng(0).gamma(2.0, 0.4, size=(len(prompts), LAYERS))
+        policy = train_policy(
+            RewardTable.from_losses(losses, "all", LAYERS),
+            Observation()(backbone, prompts),
+            skip_weights=(0.0, 4.0),
+            steps=2048,
+            backbone=(backbone.name, backbone.fingerprint),
+        )
+        *body, (weight, bias) = policy.network
+        dataclasses.replace(policy, network=(*body, (100 * weight, bias))).save(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

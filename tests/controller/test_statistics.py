@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.statistics import mean_interval, paired_interval, ratio_interval
+from controller.statistics import mcnemar, mean_interval, paired_interval, ratio_interval, score_interval
 
 
 def coverage(draw, clusters=None, trials=300):
@@ -119,3 +119,65 @@ def test_a_ratio_s_interval_covers_the_truth_where_clusters_agree():
         found = ratio_interval(above, below, np.repeat(np.arange(40), 5), samples=400)
         hits += found.low <= 0.5 <= found.high
     assert hits >= 132  # 95 % of 150 is 142.5; 132 and fewer have a chance below 1 %
+
+
+@pytest.mark.parametrize(
+    ("first_only", "second_only", "p_value"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),  # one toss: either side is as far out
+        (0, 5, 2 / 32),
+        (5, 0, 2 / 32),
+        (1, 5, 2 * (1 + 6) / 64),
+        (2, 8, 2 * (1 + 10 + 45) / 1024),
+        (3, 3, 1.0),  # both tails overlap; a p-value is at most 1
+        (10, 25, 0.016673),  # scipy.stats.binomtest(10, 35).pvalue
+    ],
+)
+def test_mcnemar_counts_tosses_of_a_fair_coin(first_only, second_only, p_value):
+    both, neither = 7, 4
+    a = [1] * both + [0] * neither + [1] * first_only + [0] * second_only
+    b = [1] * both + [0] * neither + [0] * first_only + [1] * second_only
+    found = mcnemar(a, b)
+    assert found[:2] == (first_only, second_only)
+    assert found.p_value == pytest.approx(p_value, rel=1e-4)
+
+
+def test_mcnemar_rejects_a_true_null_hypothesis_no_more_than_it_says():
+    rng = np.random.default_rng(0)
+    p_values = [mcnemar(*(rng.random((2, 60)) < 0.7).astype(float)).p_value for _ in range(1000)]
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.06
+
+
+def test_mcnemar_stays_exact_where_floats_would_overflow():
+    assert mcnemar([1.0] * 3000 + [0.0] * 3000, [0.0] * 3000 + [1.0] * 3000).p_value == 1.0
+    assert 0 <= mcnemar(np.ones(5000), np.zeros(5000)).p_value < 1e-300
+
+
+def test_mcnemar_refuses_what_is_no_verdict():
+    with pytest.raises(ValueError, match=r"a holds 0\.3"):
+        mcnemar([0.3, 1], [1, 1])
+    with pytest.raises(ValueError, match="b holds 2"):
+        mcnemar([0, 1], [2, 1])
+    with pytest.raises(ValueError, match="2 values of a and 1 of b"):
+        mcnemar([0, 1], [1])
+
+
+def test_a_score_s_interval_is_that_of_the_mean_where_the_score_is_one():
+    rng = np.random.default_rng(3)
+    values, clusters = rng.normal(size=120), list(np.repeat(np.arange(30), 4))
+    found = score_interval(lambda rows: float(values[rows].mean()), 120, clusters, samples=2000)
+    assert found == pytest.approx(mean_interval(values, clusters), abs=1e-9)
+
+
+def test_a_score_s_interval_leaves_out_draws_that_have_none():
+    def score(rows):
+        return float("nan") if 0 in rows else 1.0 * (rows == 1).sum()
+
+    mean, low, high = score_interval(score, 3, samples=500)
+    assert np.isnan(mean) and 0 <= low < high <= 3
+    assert np.isnan(score_interval(lambda rows: float("nan"), 3).low)
+    with pytest.raises(ValueError, match="3 questions but 1 clusters"):
+        score_interval(score, 3, ["a"])
+    with pytest.raises(ValueError, match="samples 0"):
+        score_interval(score, 3, samples=0)

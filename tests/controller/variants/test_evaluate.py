@@ -1,6 +1,7 @@
 """Figures of an evaluation are those of its models: checked one prompt at a time, by other means."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from backbones import Backbone, CostModel, load_backbone
 from controller.answers import generation_inputs
+from controller.metrics.benchmark import Example, benchmark
 from controller.metrics.exact_match import exact_match
 from controller.options import EvaluateOptions, FinetuneOptions
 from controller.policy.layer_policy import LayerPolicy
-from controller.policy.training import train_policy
 from controller.variants import evaluate, finetune
 from controller.variants.comparison import by_source, spread
 from controller.variants.evaluate import predict, read_predictions
 from controller.variants.judged import Variant, variant_names
 from controller.variants.timing import time_forwards
 from envs.instructions import load_instructions
-from envs.observations import Observation
 from envs.prompts import Prompt, encode, prompts_from
-from envs.rewards import RewardTable
 
 FRACTION = 0.5
 LAYERS = (0, 5)
@@ -205,16 +205,31 @@ def test_predictions_are_kept_for_the_same_model_only(
 ) -> None:
     path = options.out / "predictions" / "layer-5.jsonl"
     layers = [5] * len(prompts)
-    rows = read_predictions(path, prompts, variant.fingerprint, layers)
+    examples = [Example(prompt, (prompt.answer,)) for prompt in prompts]
+    rows = read_predictions(path, examples, variant.fingerprint, layers)
     assert rows is not None and len(rows) == len(prompts)
-    assert read_predictions(path, prompts, variant.fingerprint, [*layers[1:], 4]) is None
-    assert read_predictions(path, prompts, "other", layers) is None
-    assert read_predictions(path, prompts[1:], variant.fingerprint, layers[1:]) is None
-    assert read_predictions(path, prompts[::-1], variant.fingerprint, layers) is None
+    assert read_predictions(path, examples, variant.fingerprint, [*layers[1:], 4]) is None
+    assert read_predictions(path, examples, "other", layers) is None
+    assert read_predictions(path, examples[1:], variant.fingerprint, layers[1:]) is None
+    assert read_predictions(path, examples[::-1], variant.fingerprint, layers) is None
+    judged_by_more = [replace(example, references=("x", "y")) for example in examples]
+    assert read_predictions(path, judged_by_more, variant.fingerprint, layers) is None
     before = path.stat().st_mtime_ns
-    kept = predict(path, Variant.fixed("layer-5", None, variant, len(prompts)), prompts, options)
+    own = Variant.fixed("layer-5", None, variant, len(prompts))
+    kept = predict(options.out, own, benchmark("instructions"), examples, options)
     assert path.stat().st_mtime_ns == before
     assert kept.answers == [row["prediction"] for row in rows]
+
+
+def test_the_model_card_of_each_variant_tells_the_result(
+    result: dict[str, Any], options: EvaluateOptions
+) -> None:
+    table = (options.out / "table1.md").read_text().strip()
+    for row, folder in zip(result["variants"], options.variants, strict=True):
+        card = ModelCard.load(folder / "checkpoint" / "README.md")
+        assert table in card.text
+        told = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+        assert told == pytest.approx({"accuracy": row["accuracy"], "loss": row["loss"]}, abs=1e-6)
 
 
 def test_a_finished_evaluation_is_not_repeated(
@@ -248,20 +263,13 @@ def fewer(rendered_data: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_backbone: Backbone, fewer: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy of the tiny backbone that sends prompts to many layers."""
-    losses = np.random.default_rng(0).gamma(2.0, 0.4, size=(len(fewer), 8))
-    policy = train_policy(
-        RewardTable.from_losses(losses, "all", 8),
-        Observation()(tiny_backbone, fewer),
-        skip_weights=(0.0, 4.0),
-        steps=2048,
-        backbone=("tiny", tiny_backbone.fingerprint),
-    )
-    *body, (weight, bias) = policy.network
-    folder = tmp_path_factory.mktemp("policy")
-    replace(policy, network=(*body, (100 * weight, bias))).save(folder)
-    return folder
+def policy(
+    tiny_backbone: Backbone,
+    fewer: list[Prompt],
+    save_policy: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    return save_policy(tiny_backbone, fewer, tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
