@@ -52,7 +52,7 @@ COMMANDS = {
         command_options.FinetuneOptions,
         "variants.finetune",
         "deepinsert finetune --data runs/demo/data/train/instructions.json --insert-layer 3 --steps 100 "
-        "--out runs/variant",
+        "--global-batch-size 32 --out runs/variant",
     ),
     "evaluate": Command(
         command_options.EvaluateOptions,
@@ -60,22 +60,22 @@ COMMANDS = {
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
-    "score": Command(
-        command_options.ScoreOptions,
-        "metrics.score",
-        "deepinsert score --data runs/demo/data/held_out/instructions.json "
-        "--answers runs/demo/evaluate/predictions/finetune.jsonl --out runs/score",
+    "layer-study": Command(
+        command_options.LayerStudyOptions,
+        "studies.layer_study",
+        "deepinsert layer-study --data runs/demo/data/train/instructions.json --insert-layers 0,3,6 "
+        "--steps 60 --jobs 2 --out runs/layer-study",
     ),
     "report": Command(
         command_options.ReportOptions,
         "variants.report",
         "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
     ),
-    "layer-study": Command(
-        command_options.LayerStudyOptions,
-        "studies.layer_study",
-        "deepinsert layer-study --data runs/demo/data/train/instructions.json --insert-layers 0,3,6 "
-        "--steps 60 --jobs 2 --out runs/layer-study",
+    "score": Command(
+        command_options.ScoreOptions,
+        "metrics.score",
+        "deepinsert score --data runs/demo/data/held_out/instructions.json "
+        "--answers runs/demo/evaluate/predictions/finetune.jsonl --out runs/score",
     ),
     "bench": Command(
         command_options.BenchOptions,

@@ -194,6 +194,7 @@ class Demo:
             learning_rate=3e-4,
             steps=self.size.steps,
             batch_size=self.size.batch_size,
+            gradient_accumulation=1,
             seed=self.options.seed,
         )
 

@@ -18,6 +18,7 @@ COUNTS = {
     "repeats",
     "lora_rank",
     "gradient_accumulation",
+    "global_batch_size",
     "save_every",
     "max_new_tokens",
     "timing_repeats",
@@ -26,6 +27,7 @@ COUNTS = {
     "images",
     "threads",
     "jobs",
+    "longer",
 }
 WISHES = ("skip_weight", "flops_ratio", "max_loss_increase")
 BENCH_CASES = ("prefill", "decode", "train-full", "train-lora", "rows", "ragged", "mixed")
@@ -193,6 +195,9 @@ def check(options: Any) -> None:
     layer = values.get("insert_layer", 0)
     if layer != "random" and layer < 0:
         raise ValueError(f"--insert-layer {layer}: give 0 (the baseline) or a layer above")
+    weight = values.get("distillation", 0)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"--distillation {weight}: give a weight between 0 and 1")
     if "layer_distribution" in values:
         _check_depths(values)
     if "max_loss_increase" in values:
@@ -216,8 +221,6 @@ def _check_depths(values: dict[str, Any]) -> None:
     """What belongs to `--insert-layer random` goes with nothing else."""
     layer, given = values["insert_layer"], values["insert_layers"].strip() != "all"
     source, weight = values["layer_distribution"], values["distillation"]
-    if not 0 <= weight <= 1:
-        raise ValueError(f"--distillation {weight}: give a weight between 0 and 1")
     if layer != "random":
         named = {"insert_layers": given, "layer_distribution": source != "uniform", "distillation": weight}
         for name in (name for name, changed in named.items() if changed):

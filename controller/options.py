@@ -133,16 +133,34 @@ class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
     insert_layer: int | Literal["random"] = 0
     """Insert layer of the variant; 0 finetunes the baseline, "random" one model for all layers, each row at
     a layer drawn anew in each epoch."""
-    method: Literal["lora", "full"] = "lora"
-    """LoRA on the text model's linear layers, or every weight but the encoder's."""
-    steps: int = 200
-    """Optimiser steps."""
+    method: Literal["lora", "qlora", "full", "projector"] = "lora"
+    """LoRA on the text model's linear layers, LoRA beside weights of 4 bits, every weight but the encoder's,
+    or the projector alone (LLaVA's first stage; the second is finetune with --backbone OUT/checkpoint)."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimiser steps; by default as many as the epochs take."""
+    global_batch_size: int | None = None
+    """Prompts per optimiser step, over all processes; by default LLaVA-1.5's 128, for the projector 256."""
+    gradient_accumulation: int | None = None
+    """Or: batches per optimiser step of each process."""
     learning_rate: float | None = None
-    """By default 2e-4 for LoRA and 2e-5 for full (LLaVA-1.5)."""
+    """By default LLaVA-1.5's: 2e-4 for LoRA, 2e-5 for full, 1e-3 for the projector alone."""
+    projector_learning_rate: float | None = None
+    """The projector's own; by default a tenth of the rate under LoRA, else the rate."""
     lora_rank: int = 128
     """Rank of LoRA's matrices; alpha is twice the rank (LLaVA-1.5)."""
-    gradient_accumulation: int = 1
-    """Batches per optimiser step."""
+    lora_dropout: float = 0.05
+    """Share of LoRA's inputs that are dropped (LLaVA-1.5)."""
+    freeze: tuple[str, ...] = ()
+    """Parts that learn nothing: vision (always), projector, language, embeddings, lm_head, or the name of a
+    module or its beginning."""
+    group_by: Literal["none", "length", "modality-length"] = "none"
+    """Batches of near lengths, or also of prompts either all with or all without images (LLaVA-1.5)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    report_to: str = "none"
+    """Where else the Trainer reports to: wandb, mlflow, ...; TensorBoard and a CSV are always written."""
     save_every: int = 100
     """Optimiser steps between checkpoints that a killed run continues from."""
     push_to_hub: bool = False
@@ -182,6 +200,50 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
 
 
 @dataclass(kw_only=True)
+class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
+    """Finetune at every insert layer, and see whether the frozen model would have told which is best."""
+
+    insert_layers: str = "all"
+    """Layers to finetune at: all, 0-7 or 0,4,8."""
+    held_out: float = 0.1
+    """Share of images that every variant is judged on and none is trained on."""
+    method: Literal["lora", "full"] = "full"
+    """What finetuning trains, as in finetune."""
+    learning_rate: float | None = 1e-3
+    """Peak learning rate of every variant; the default suits the tiny backbone, full."""
+    steps: int = 300
+    """Optimiser steps of every variant, that for all depths included."""
+    batch_size: int = 16
+    """Prompts per forward, and per optimiser step."""
+    random: bool = True
+    """Also train one model for all these layers, with as many steps."""
+    distillation: float = 0.5
+    """Also train it with this weight of learning from its own answers at layer 0; 0 for without."""
+    longer: int | None = None
+    """Also train it, without distillation, for so many steps: how many does it need?"""
+    skip_weights: str = "0,0.1,0.2,0.5,1"
+    """Skip weights λ at which the layer of highest reward is compared, before and after finetuning."""
+    policy_fraction: float = 0.1
+    """Share of the training images that train-policy learns its expectation from."""
+    max_new_tokens: int = 32
+    """Longest answer to generate."""
+    save_every: int = 100
+    """Optimiser steps between checkpoints that a killed study continues from."""
+    jobs: int = 1
+    """Commands to run at a time, each with its share of the threads."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """Put several evaluations of the same variants into one table and one picture."""
+
+    out: Path
+    """Run folder."""
+    runs: tuple[Path, ...]
+    """Run folders of evaluate, each of another benchmark or data set."""
+
+
+@dataclass(kw_only=True)
 class ScoreOptions(RunOptions):
     """Score answers that are there already by a benchmark's published rule; no model is loaded."""
 
@@ -200,46 +262,6 @@ class ScoreOptions(RunOptions):
     """Tokens that BLEU counts for chebi20: words, or the tokenizer of a model (folder or hub id)."""
     metrics: str | None = None
     """Of a captions benchmark only these: bleu,rouge,meteor,cider,spice (what it has of them)."""
-
-
-@dataclass(kw_only=True)
-class ReportOptions:
-    """Put several evaluations of the same variants into one table and one picture."""
-
-    out: Path
-    """Run folder."""
-    runs: tuple[Path, ...]
-    """Run folders of evaluate, each of another benchmark or data set."""
-
-
-@dataclass(kw_only=True)
-class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
-    """Finetune at every insert layer, and see whether the frozen model would have told which is best."""
-
-    insert_layers: str = "all"
-    """Layers to finetune at: all, 0-7 or 0,4,8."""
-    held_out: float = 0.1
-    """Share of images that every variant is judged on and none is trained on."""
-    method: Literal["lora", "full"] = "full"
-    """What finetuning trains, as in finetune."""
-    learning_rate: float | None = 1e-3
-    """Peak learning rate of every variant; the default suits the tiny backbone, full."""
-    steps: int = 300
-    """Optimiser steps of every variant, that for all depths included."""
-    random: bool = True
-    """Also train one model for all these layers, with as many steps."""
-    distillation: float = 0.5
-    """Also train that with this weight of learning from its own answers at layer 0; 0 for without."""
-    skip_weights: str = "0,0.1,0.2,0.5,1"
-    """Skip weights λ at which the layer of highest reward is compared, before and after finetuning."""
-    policy_fraction: float = 0.1
-    """Share of the training images that train-policy learns its expectation from."""
-    max_new_tokens: int = 32
-    """Longest answer to generate."""
-    save_every: int = 100
-    """Optimiser steps between checkpoints that a killed study continues from."""
-    jobs: int = 1
-    """Commands to run at a time, each with its share of the threads."""
 
 
 @dataclass(kw_only=True)

@@ -148,9 +148,8 @@ def _training(model: Any, method: str) -> Iterator[tuple[Any, torch.optim.Optimi
     options = FinetuneOptions(
         out=Path(), data=Path(), method="lora" if method == "lora" else "full", lora_rank=LORA_RANK
     )
-    options.learning_rate = 0.0
     trained = make_trainable(model, options).train()
-    optimizer = torch.optim.AdamW(parameter_groups(trained, options), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(trained, 0.0))
     try:
         yield trained, optimizer, projector
     finally:

@@ -15,7 +15,7 @@ from backbones import CostModel
 from backbones.families import base_model_of, find_stack
 from backbones.module_costs import linear_flops
 
-from ..variants.recipe import projectors
+from ..variants.parts import projectors
 from .batches import Batch
 
 ATTENTION_BACKWARD = 2.5

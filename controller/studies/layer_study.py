@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ FloatArray = NDArray[np.float64]
 
 FREE = ("jobs", "batch_tokens")
 FEWEST_LAYERS = 3  # two can only be ranked alike or not
-SHARED = {"random": "one model for all depths", "distilled": "the same, distilled from layer 0"}
+SHARED = ("random", "distilled", "longer")
 
 
 def run(options: LayerStudyOptions) -> dict[str, Any]:
@@ -102,8 +102,9 @@ class Study:
     @property
     def shared(self) -> list[str]:
         """Names of the models for all depths."""
-        wanted = {"random": self.options.random, "distilled": self.options.distillation > 0}
-        return [name for name in SHARED if wanted[name]]
+        options = self.options
+        wanted = (options.random, options.distillation > 0, options.longer is not None)
+        return [name for name, asked in zip(SHARED, wanted, strict=True) if asked]
 
     def step(self, kind: Any, name: str, **own: Any) -> Any:
         """Options of a command in a folder of its own."""
@@ -113,19 +114,17 @@ class Study:
 
     def first_steps(self) -> dict[str, Any]:
         """What needs nothing but the data: the longest first, so that the last to end are short."""
-        steps: dict[str, Any] = {
-            name: self.finetune(name, "random", name == "distilled") for name in reversed(self.shared)
-        }
+        steps: dict[str, Any] = {name: self.finetune(name, "random") for name in reversed(self.shared)}
         steps |= {f"finetune-{layer}": self.finetune(f"finetune-{layer}", layer) for layer in self.layers}
         steps["train-policy"] = self.policy()
         steps["sweep"] = self.step(SweepOptions, "sweep", data=self.held_out, insert_layers=self.listed)
         return steps
 
-    def finetune(self, name: str, insert_layer: Any, distilled: bool = False) -> FinetuneOptions:
-        """A variant; all have the same data, seed and steps."""
+    def finetune(self, name: str, insert_layer: int | Literal["random"]) -> FinetuneOptions:
+        """A variant; all have the same data, seed and batches, and but for `longer` as many steps."""
         options = self.options
-        depths: dict[str, Any] = {} if insert_layer != "random" else {"insert_layers": self.listed}
-        if distilled:
+        depths: dict[str, Any] = {"insert_layers": self.listed} if insert_layer == "random" else {}
+        if name == "distilled":
             depths["distillation"] = options.distillation
         return self.step(
             FinetuneOptions,
@@ -134,7 +133,8 @@ class Study:
             insert_layer=insert_layer,
             method=options.method,
             learning_rate=options.learning_rate,
-            steps=options.steps,
+            steps=options.longer if name == "longer" else options.steps,
+            gradient_accumulation=1,
             save_every=options.save_every,
             **depths,
         )
@@ -195,6 +195,7 @@ class Study:
                 "steps": self.options.steps,
                 "batch_size": self.options.batch_size,
                 "seconds": {name: step["seconds"] for name, step in steps.items()},
+                "longer": self.options.longer,
                 "distillation": self.options.distillation,
             },
             "by_layer": [

@@ -18,8 +18,15 @@ NAMES = {
     "finetuned": "finetuned at the layer",
     "random": "one model for all depths",
     "distilled": "the same, distilled",
+    "longer": "the same, trained longer",
 }
-COLOURS = {"zero_shot": "0.45", "finetuned": "black", "random": "tab:blue", "distilled": "tab:orange"}
+COLOURS = {
+    "zero_shot": "0.45",
+    "finetuned": "black",
+    "random": "tab:blue",
+    "distilled": "tab:orange",
+    "longer": "tab:red",
+}
 PREDICTORS = {
     "zero_shot_reward": "frozen model's reward (-loss)",
     "zero_shot_accuracy": "frozen model's accuracy",
@@ -134,10 +141,16 @@ def shared_sentences(result: dict[str, Any]) -> str:
         lines.append(
             f"{NAMES[name].capitalize()}: accuracy minus that of the variant finetuned at the layer, points: "
             f"{', '.join(cells)}. Mean {with_interval(found['mean'], points)}, "
-            f"least {points(found['least'])}. Training took {result['finetuning']['seconds'][name]:.0f} s; "
-            f"the separate variants together {separate_seconds(result):.0f} s."
+            f"least {points(found['least'])}. {steps_of(result, name)} steps took "
+            f"{result['finetuning']['seconds'][name]:.0f} s, those of the separate variants together "
+            f"{separate_seconds(result):.0f} s."
         )
     return "\n\n".join(lines)
+
+
+def steps_of(result: dict[str, Any], name: str) -> int:
+    """Optimiser steps of a model for all depths."""
+    return result["finetuning"]["longer" if name == "longer" else "steps"]
 
 
 def separate_seconds(result: dict[str, Any]) -> float:

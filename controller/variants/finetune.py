@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,18 +19,27 @@ import torch
 from transformers import PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from backbones import Backbone, load_backbone
+from backbones import Backbone
 from envs.prompts import Prompt, prompts_from
 
 from ..data import read_data
-from ..option_checks import check
+from ..option_checks import check, flag
 from ..options import FinetuneOptions
 from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
 from .checkpoints import TRAINING, continuable
-from .depths import fixed_layer, make_depths, record_depths, trained_layers
+from .depths import make_depths, record_depths, trained_layers
+from .loading import check_bitsandbytes, end_processes, load, trained_model, training_device, unquantised
 from .publish import publish
-from .recipe import learning_rate, make_trainable, training_arguments
+from .recipe import (
+    accumulation,
+    learning_rate,
+    make_trainable,
+    process_count,
+    projector_learning_rate,
+    reporters,
+    training_arguments,
+)
 from .saving import save_variant, write_cards
 from .trainer import LossLog, VariantTrainer
 
@@ -38,66 +48,90 @@ from .trainer import LossLog, VariantTrainer
 def run(options: FinetuneOptions) -> dict[str, Any]:
     """Finetune and write `checkpoint/` (stock model with processor), `adapter/` (LoRA) and `result.json`.
 
-    Returns the result. A finished run is not repeated. Raises `ValueError` where the folder holds another
-    run or an option cannot be used, `DatasetError` where the data cannot.
+    Returns the result. A finished run is not repeated. Of several processes the first alone writes, and the
+    others return an empty result. Raises `ValueError` where the folder holds another run or an option cannot
+    be used, `DatasetError` where the data cannot.
     """
     check_training(options)
-    out = start_run(options)
+    out, leads = Path(options.out), os.environ.get("RANK", "0") == "0"
+    if leads:
+        start_run(options)
     disable_progress_bar()  # one for each file written would tear the training's own apart
-    training = out / TRAINING
     if (out / "result.json").is_file():
-        shutil.rmtree(training, ignore_errors=True)  # left where a kill came between result and removal
-        print(f"{out} is finished; nothing to train", file=sys.stderr)
-        if options.push_to_hub:
-            print(f"Published: {publish(options)}")
-        return read_result(out)
+        return finished(options) if leads else {}
     set_seed(options.seed)
-    backbone = load_backbone(
-        options.backbone,
-        insert_layer=fixed_layer(options),
-        device=options.device,
-        dtype=training_dtype(options),
-    )
+    backbone = load(options)
     data = read_data(options)
     prompts = prompts_from(data, per="record")
     trainer = make_trainer(backbone, prompts, options)
     model: Any = trainer.model
+    weights = list(model.parameters())
     counted = {
-        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "trainable_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
+        "parameters": sum(weight.numel() for weight in weights),
     }
     trainer.train(resume_from_checkpoint=True)
+    model = trained_model(trainer, options)
+    if not leads:
+        end_processes(trainer)
+        return {}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    adapter = save_variant(out, backbone, model)
+    adapter = save_variant(out, backbone, model, unquantised(options))
     plot_loss(history, out / "train_loss.png", f"Finetuning at insert layer {options.insert_layer}")
-    curve = [entry["loss"] for entry in history]
-    last = curve[-max(1, len(curve) // 10) :]
     result = {
         "insert_layer": backbone.insert_layer,
         **trained_layers(backbone),
         "method": options.method,
-        "steps": options.steps,
-        "train_loss": sum(last) / len(last),
+        "steps": trainer.state.max_steps,
+        "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
+        **losses_of(history),
         "checkpoint": str(out / "checkpoint"),
         "adapter": adapter,
         **counted,
         "learning_rate": learning_rate(options),
+        "projector_learning_rate": projector_learning_rate(options),
         "prompts": len(prompts),
         "skipped": [repr(record) for record in data.skipped],
+    }
+    write_cards(options, backbone, data, result)
+    end_processes(trainer)
+    return finish(options, result)
+
+
+def losses_of(history: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The loss of each step, its mean over the last tenth of them, and how long they took."""
+    curve = [entry["loss"] for entry in history]
+    last = curve[-max(1, len(curve) // 10) :]
+    return {
+        "train_loss": sum(last) / len(last),
         "seconds": sum(entry["seconds"] for entry in history),
         "train_loss_curve": curve,
     }
-    write_cards(options, backbone, data, result)
+
+
+def finish(options: FinetuneOptions, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the result, remove the checkpoints of the training, and say what there is."""
+    out = Path(options.out)
     write_result(out, result)
-    shutil.rmtree(training, ignore_errors=True)
+    shutil.rmtree(out / TRAINING, ignore_errors=True)
     print(
         f"Insert layer {options.insert_layer}: training loss {result['train_loss']:.3f} nats after "
-        f"{options.steps} steps ({counted['trainable_parameters']:,} of {counted['parameters']:,} weights).\n"
+        f"{result['steps']} steps ({result['trainable_parameters']:,} of {result['parameters']:,} weights).\n"
         f"Variant: {result['checkpoint']}"
     )
     if options.push_to_hub:
         print(f"Published: {publish(options)}")
     return result
+
+
+def finished(options: FinetuneOptions) -> dict[str, Any]:
+    """The result of a run that was finished before, published where that is asked for."""
+    out = Path(options.out)
+    shutil.rmtree(out / TRAINING, ignore_errors=True)  # left where a kill came between result and removal
+    print(f"{out} is finished; nothing to train", file=sys.stderr)
+    if options.push_to_hub:
+        print(f"Published: {publish(options)}")
+    return read_result(out)
 
 
 def make_trainer(backbone: Backbone, prompts: Sequence[Prompt], options: FinetuneOptions) -> VariantTrainer:
@@ -109,33 +143,42 @@ def make_trainer(backbone: Backbone, prompts: Sequence[Prompt], options: Finetun
     set_seed(options.seed)  # whatever was drawn so far, the adapter's first weights depend on the seed alone
     trainer = VariantTrainer(
         model=make_trainable(backbone.model, options),
-        args=training_arguments(options, Path(options.out) / TRAINING, backbone.device),
-        train_dataset=PromptDataset(prompts, placed=depths is not None),
+        args=training_arguments(options, Path(options.out) / TRAINING, training_device(options)),
+        train_dataset=PromptDataset(prompts),
         data_collator=collator(backbone, placed=depths is not None),
-        options=options,
+        projector_learning_rate=projector_learning_rate(options),
+        group_by=options.group_by,
         depths=depths,
         identity=identity,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(LossLog(Path(options.out)))
+    if trainer.args.process_index == 0:
+        trainer.add_callback(LossLog(Path(options.out)))
+    else:
+        torch.manual_seed(options.seed + trainer.args.process_index)  # each drops other inputs
     return trainer
 
 
 def check_training(options: FinetuneOptions) -> None:
     """Raises `ValueError` naming an option whose value cannot be used."""
     check(options)
-    if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate {options.learning_rate}: give a number above 0")
+    for name in ("learning_rate", "projector_learning_rate", "epochs"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{flag(name)} {value}: give a number above 0")
+    if not 0 <= options.lora_dropout < 1:
+        raise ValueError(f"--lora-dropout {options.lora_dropout}: give a share from 0 to below 1")
+    if options.global_batch_size is not None and options.gradient_accumulation is not None:
+        raise ValueError(
+            f"--gradient-accumulation {options.gradient_accumulation} and --global-batch-size "
+            f"{options.global_batch_size} exclude each other: give one of them"
+        )
+    accumulation(options, process_count())
+    reporters(options.report_to)
     if options.dtype == "float16":
         raise ValueError("--dtype float16 loses small gradients; finetune in bfloat16 or float32")
-
-
-def training_dtype(options: FinetuneOptions) -> str:
-    """Precision of the weights: on a GPU bfloat16 under LoRA, else float32, which small updates need."""
-    if options.dtype != "auto":
-        return options.dtype
-    on_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
-    return "bfloat16" if on_gpu and options.method == "lora" else "float32"
+    if options.method == "qlora":
+        check_bitsandbytes()
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

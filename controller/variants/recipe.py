@@ -1,110 +1,81 @@
 """What finetuning trains and how: LLaVA-1.5's recipe on any supported model.
 
-LoRA on every linear layer of the text model with the projector trained whole, or every weight but the
-encoder's.
+LoRA on every linear layer of the text model with the projector trained whole, every weight but the
+encoder's, or the projector alone.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from backbones.families import find_stack
-
 from ..options import FinetuneOptions
+from .parts import encoders, frozen_modules, lora_targets, projectors
 
-LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+ADAPTERS = ("lora", "qlora")
+LEARNING_RATE = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5, "projector": 1e-3}
 PROJECTOR_SHARE = 0.1  # of LoRA's learning rate: 2e-5 beside LLaVA's 2e-4
-LORA_DROPOUT = 0.05
+GLOBAL_BATCH = {"lora": 128, "qlora": 128, "full": 128, "projector": 256}
 WARMUP = 0.03
-# Projectors that live inside the encoder, as Qwen2-VL's does.
-INNER_PROJECTORS = ("merger", "multi_modal_projector", "projector")
-
-
-def encoders(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The encoders of the model's modalities by dotted name, such as `model.vision_tower`."""
-    found = {}
-    names = {module: name for name, module in model.named_modules()}
-    for modality in ("image", "audio"):
-        encoder = model.get_encoder(modality)
-        # The model (or its base) itself is the stock answer where there is none.
-        if encoder is not model and encoder is not model.base_model:
-            found[names[encoder]] = encoder
-    return found
-
-
-def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules between encoder and text model by dotted name, such as `model.multi_modal_projector`."""
-    found = {}
-    known = encoders(model)
-    for name, encoder in known.items():
-        for part in INNER_PROJECTORS:
-            if hasattr(encoder, part):
-                found[f"{name}.{part}"] = getattr(encoder, part)
-    stack = find_stack(model)
-    parent = model.base_model
-    names = {module: name for name, module in model.named_modules()}
-    for child in parent.children():
-        inside = set(child.modules())
-        has_others = stack in inside or any(encoder in inside for encoder in known.values())
-        if (
-            not has_others
-            and any(True for _ in child.parameters())
-            and child is not model.get_output_embeddings()
-        ):
-            found[names[child]] = child
-    return found
-
-
-def lora_targets(model: PreTrainedModel) -> str:
-    """A pattern of the full names of the text model's linear layers, as PEFT's `target_modules` takes it.
-
-    `lm_head` is not among them: it is no part of the decoder stack. Raises `ValueError` where the text model
-    has no `nn.Linear`.
-    """
-    stack = find_stack(model)
-    prefix = next(name for name, module in model.named_modules() if module is stack)
-    kinds = sorted(
-        {name.rpartition(".")[2] for name, module in stack.named_modules() if isinstance(module, nn.Linear)}
-    )
-    if not kinds:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear in its text model: use --method full")
-    return rf"{re.escape(prefix)}\.(.+\.)?({'|'.join(map(re.escape, kinds))})"
 
 
 def make_trainable(model: PreTrainedModel, options: FinetuneOptions) -> Any:
     """`model` with what `--method` trains requiring gradients: a `PeftModel` for LoRA, else the model itself.
 
     LoRA keeps its copy of the projector in the adapter (PEFT's `modules_to_save`), so that the adapter is all
-    that training changed.
+    that training changed. What `--freeze` names learns nothing. Raises `ValueError` where nothing is left.
     """
-    if options.method == "lora":
-        config = LoraConfig(
-            r=options.lora_rank,
-            lora_alpha=2 * options.lora_rank,
-            lora_dropout=LORA_DROPOUT,
-            target_modules=lora_targets(model),
-            modules_to_save=list(projectors(model)) or None,
-            bias="none",
-            task_type="CAUSAL_LM",
+    frozen = frozen_modules(model, options.freeze)
+    if options.method in ADAPTERS:
+        trained = add_adapter(model, options, frozen)
+    else:
+        trained = model.requires_grad_(options.method == "full")
+        for encoder in encoders(model).values():
+            encoder.requires_grad_(False)
+        for projector in projectors(model).values():
+            projector.requires_grad_(True)
+        for module in frozen.values():
+            module.requires_grad_(False)
+    if not any(weight.requires_grad for weight in trained.parameters()):
+        left_out = f" with --freeze {' '.join(options.freeze)}" if options.freeze else ""
+        raise ValueError(f"--method {options.method}{left_out}: {type(model).__name__} has nothing to train")
+    return trained
+
+
+def add_adapter(model: PreTrainedModel, options: FinetuneOptions, frozen: dict[str, nn.Module]) -> Any:
+    """The model with LoRA on the linear layers of its text model, but for the `frozen` ones."""
+    if options.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    inside = {id(module) for part in frozen.values() for module in part.modules()}
+    whole = [name for name, module in projectors(model).items() if id(module) not in inside]
+    targets = lora_targets(model)
+    if all(id(module) in inside for name, module in model.named_modules() if re.fullmatch(targets, name)):
+        raise ValueError(
+            f"--freeze {' '.join(options.freeze)} leaves LoRA no layer: use --method projector or full"
         )
-        with warnings.catch_warnings():
-            # PEFT asks the model by a name that transformers has begun to replace.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            return get_peft_model(model, config)
-    model.requires_grad_(True)
-    for encoder in encoders(model).values():
-        encoder.requires_grad_(False)
-    for projector in projectors(model).values():
-        projector.requires_grad_(True)
-    return model
+    names = "|".join(map(re.escape, frozen))
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        exclude_modules=rf"({names})(\..+)?" if names else None,
+        modules_to_save=whole or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # PEFT asks the model by a name that transformers has begun to replace.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def learning_rate(options: FinetuneOptions) -> float:
@@ -112,16 +83,56 @@ def learning_rate(options: FinetuneOptions) -> float:
     return LEARNING_RATE[options.method] if options.learning_rate is None else options.learning_rate
 
 
-def parameter_groups(model: nn.Module, options: FinetuneOptions) -> list[dict[str, Any]]:
-    """Trainable weights for the optimiser; under LoRA the projector's learn at a tenth of the rate."""
-    rate = learning_rate(options)
-    trainable = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    whole = [weight for name, weight in trainable if ".modules_to_save." in name]
-    main = [weight for name, weight in trainable if ".modules_to_save." not in name]
-    groups = [{"params": main, "lr": rate}]
-    if whole:
-        groups.append({"params": whole, "lr": PROJECTOR_SHARE * rate})
-    return groups
+def projector_learning_rate(options: FinetuneOptions) -> float:
+    """The projector's: `--projector-learning-rate`, else under LoRA a tenth of the rate, else the rate."""
+    if options.projector_learning_rate is not None:
+        return options.projector_learning_rate
+    return learning_rate(options) * (PROJECTOR_SHARE if options.method in ADAPTERS else 1)
+
+
+def parameter_groups(
+    model: nn.Module, rate: float, projector_rate: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Trainable weights for the optimiser, the projector's at their own rate (by default the same).
+
+    Biases and the gains of norms do not decay, as in the stock `Trainer`.
+    """
+    projector_rate = rate if projector_rate is None else projector_rate
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole = {id(weight) for module in projectors(base).values() for weight in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
+        key = (
+            projector_rate if id(weight) in whole else rate,
+            weight_decay if weight.ndim > 1 else 0.0,
+        )
+        groups.setdefault(key, []).append(weight)
+    # The first group's rate is what logs show.
+    ordered = sorted(groups.items(), key=lambda entry: entry[0][0] != rate)
+    return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in ordered]
+
+
+def process_count() -> int:
+    """Processes that train together, as torchrun and accelerate launch say."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def accumulation(options: FinetuneOptions, processes: int) -> int:
+    """Batches that each process adds up for one optimiser step.
+
+    Raises `ValueError` where `--global-batch-size` cannot be made of the processes' batches. The recipe's own
+    size is met as nearly as they can.
+    """
+    if options.gradient_accumulation is not None:
+        return options.gradient_accumulation
+    together = options.batch_size * processes
+    wanted = options.global_batch_size
+    if wanted is None:
+        return max(1, round(GLOBAL_BATCH[options.method] / together))
+    if wanted % together:
+        of = f"--batch-size {options.batch_size}" + (f" on {processes} processes" if processes > 1 else "")
+        raise ValueError(f"--global-batch-size {wanted}: give a multiple of {together} ({of})")
+    return wanted // together
 
 
 def training_arguments(options: FinetuneOptions, folder: Path, device: torch.device) -> TrainingArguments:
@@ -130,27 +141,51 @@ def training_arguments(options: FinetuneOptions, folder: Path, device: torch.dev
         torch.cuda.set_device(device)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=options.steps,
+        run_name=folder.parent.name,
+        num_train_epochs=options.epochs,
+        max_steps=options.steps or -1,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
+        gradient_accumulation_steps=accumulation(options, process_count()),
         learning_rate=learning_rate(options),
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,  # below 1: a share of the steps
         weight_decay=0.0,
-        bf16=device.type == "cuda",
+        bf16=device.type == "cuda" and options.dtype != "float32",
         use_cpu=device.type == "cpu",
         seed=options.seed,
         data_seed=options.seed,
         logging_steps=1,
         save_strategy="steps",
         save_steps=options.save_every,
-        report_to="none",
+        report_to=reporters(options.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        # A batch without images leaves the projector out, on one process and not on another.
+        ddp_find_unused_parameters=True,
     )
     # One process drives one device; DataParallel over every GPU in sight would split the batch silently.
     if device.type == "cuda":
         arguments._n_gpu = 1
     return arguments
+
+
+def reporters(text: str) -> list[str]:
+    """`"wandb,mlflow"` as the Trainer takes it. TensorBoard events are in the run folder anyway.
+
+    Raises `ValueError` for a name that the Trainer does not know, or whose package is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none", "tensorboard")]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(["none", *sorted(INTEGRATION_TO_CALLBACK)])
+            raise ValueError(f"--report-to {name}: give one of {known}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"--report-to {name}: its package is not installed; pip install {name}")
+    return names

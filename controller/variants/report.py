@@ -58,10 +58,10 @@ def table1(results: Sequence[Result]) -> dict[str, Any]:
     """The paper's Table 1: a row for each variant, a column for each benchmark, or source of instructions,
     their average, and what the variant costs.
 
-    Scores are in the benchmark's unit, accuracies in percent. The average is over the columns in percent
-    (a single column is its own average), None for a variant that lacks one; costs are means over the results, ratios against the baseline. A
-    p-value is McNemar's; `significant` says whether it is below 0.05 or, where there is none, whether the
-    95 % interval of the difference leaves out 0.
+    Scores are in the benchmark's unit, accuracies in percent. The average is over the columns in percent (a
+    single column is its own average), None for a variant that lacks one; costs are means over the results,
+    ratios against the baseline. A p-value is McNemar's; `significant` says whether it is below 0.05 or, where
+    there is none, whether the 95 % interval of the difference leaves out 0.
 
     Raises `ValueError` where results have another baseline, or a name stands for other insert layers.
     """

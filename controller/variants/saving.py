@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,25 @@ from typing import Any
 from peft import PeftModel
 
 from backbones import Backbone
+from backbones.insertion import CONFIG_KEY
 from backbones.loading import ADAPTER_FACTS
 from envs.instructions import InstructionData
 
 from ..options import FinetuneOptions
 from ..runs import versions, write_json
-from .checkpoints import CARD, replacing_folder, sha256, write_manifest
+from .checkpoints import replacing_folder
+from .manifest import CARD, sha256, write_manifest
 from .model_card import Facts, write_card
 
 
-def save_variant(out: Path, backbone: Backbone, model: Any) -> str | None:
+def save_variant(
+    out: Path, backbone: Backbone, model: Any, ordinary: Callable[[], Backbone] | None = None
+) -> str | None:
     """Write `adapter/` for LoRA, merge it, and write `checkpoint/`; returns the adapter's path, if any.
 
     Each is whole or absent, with a manifest. The insert layer travels in the checkpoint's `config.json` and
-    beside the adapter in `deepinsert.json`, which `load_backbone` reads.
+    beside the adapter in `deepinsert.json`, which `load_backbone` reads. `ordinary` loads the backbone that a
+    quantised model's adapter is merged into: what 4 bits have lost would stay lost.
     """
     remove_leftovers(out)
     model.eval()
@@ -35,8 +41,12 @@ def save_variant(out: Path, backbone: Backbone, model: Any) -> str | None:
             (folder / CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
             base = Path(backbone.name)
             name = str(base.resolve()) if base.is_dir() else backbone.name
-            write_json(folder / ADAPTER_FACTS, {"insert_layer": backbone.insert_layer, "backbone": name})
+            facts = getattr(backbone.model.config, CONFIG_KEY)
+            write_json(folder / ADAPTER_FACTS, {**facts, "backbone": name})
             write_manifest(folder)
+        if ordinary is not None:
+            backbone = ordinary()
+            model = PeftModel.from_pretrained(backbone.model, adapter)
         model = model.merge_and_unload()
     with replacing_folder(out / "checkpoint") as folder:
         replace(backbone, model=model).save_pretrained(folder)

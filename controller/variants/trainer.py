@@ -10,40 +10,71 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..options import FinetuneOptions
+from backbones.families import find_stack
+
 from ..runs import progress, replacing
+from .batches import PromptDataset, PromptOrder
 from .checkpoints import ResumableTrainer
 from .depths import DepthSampler
+from .event_file import EventFile
 from .recipe import parameter_groups
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 
 
 class VariantTrainer(ResumableTrainer):
-    """The stock loss without a KV cache, the recipe's parameter groups, and the seconds of each step.
+    """A `Trainer` of any model with an insertion installed: the stock loss without a KV cache, a learning
+    rate for the projector, an order of prompts that does not depend on the number of processes.
 
-    With `depths` each row of a batch is at the insert layer that it draws; batches then hold `row_index`
-    (B,), the rows' positions in the data.
+    Takes what `transformers.Trainer` does. `projector_learning_rate` is by default `args.learning_rate`;
+    `group_by` orders a `PromptDataset` as `PromptOrder` says, other data sets keep the stock order. With
+    `depths` each row of a batch is at the insert layer that it draws; batches then hold `row_index` (B,), the
+    rows' positions in the data. Where FSDP shards the weights, it wraps the decoder layers.
     """
 
     def __init__(
-        self, *args: Any, options: FinetuneOptions, depths: DepthSampler | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        projector_learning_rate: float | None = None,
+        group_by: str = "none",
+        depths: DepthSampler | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.options = options
+        self.projector_learning_rate = projector_learning_rate
+        self.group_by = group_by
         self.depths = depths
         self.last_log = time.perf_counter()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            # By default encoder layers would be too, which a process whose batch has no image never calls.
+            model: Any = self.model
+            layers = find_stack(model).layers
+            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             trained: Any = self.model if model is None else model
-            groups = parameter_groups(trained, self.options)
-            self.optimizer = kind(groups, **settings)
+            rates = (self.args.learning_rate, self.projector_learning_rate)
+            self.optimizer = kind(parameter_groups(trained, *rates, self.args.weight_decay), **settings)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, PromptDataset):
+            return super()._get_train_sampler(train_dataset)
+        return PromptOrder(
+            dataset.prompts,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            batch_size=self.args.per_device_train_batch_size,
+            processes=self.args.world_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            group_by=self.group_by,
+        )
 
     def compute_loss(
         self,
@@ -75,7 +106,7 @@ class LossLog(TrainerCallback):
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out / "train_loss.csv"
-        self.writer: SummaryWriter | None = None
+        self.writer: EventFile | None = None
         self.bar: Iterator[int] = iter(())
 
     def on_train_begin(
@@ -87,7 +118,7 @@ class LossLog(TrainerCallback):
             writer.writerows(
                 [entry.get(name) for name in COLUMNS] for entry in state.log_history if "loss" in entry
             )
-        self.writer = SummaryWriter(str(self.out), purge_step=state.global_step + 1)
+        self.writer = EventFile(self.out, first_step=state.global_step + 1)
         steps = range(state.global_step, state.max_steps)
         self.bar = progress(steps, "finetune", len(steps))
         next(self.bar, None)
@@ -107,12 +138,6 @@ class LossLog(TrainerCallback):
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerow([row.get(name) for name in COLUMNS])
         if self.writer is not None:
-            for name in ("loss", "learning_rate", "grad_norm"):
-                self.writer.add_scalar(f"train/{name}", row[name], state.global_step)
+            told = ("loss", "learning_rate", "grad_norm")
+            self.writer.add(state.global_step, {f"train/{name}": row[name] for name in told})
         next(self.bar, None)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.writer is not None:
-            self.writer.close()

@@ -10,7 +10,13 @@ from torch import nn
 
 from backbones import deep_insert, insert_layer_of
 from controller.options import FinetuneOptions
-from controller.variants.recipe import encoders, make_trainable, parameter_groups, projectors
+from controller.variants.parts import encoders, projectors
+from controller.variants.recipe import (
+    learning_rate,
+    make_trainable,
+    parameter_groups,
+    projector_learning_rate,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "backbones"))
 
@@ -26,6 +32,10 @@ PARTS = {
 }
 LORA = FinetuneOptions(out=Path(), data=Path(), method="lora", lora_rank=2)
 FULL = FinetuneOptions(out=Path(), data=Path(), method="full", learning_rate=1e-3)
+
+
+def groups_of(model, options: FinetuneOptions) -> list[dict]:
+    return parameter_groups(model, learning_rate(options), projector_learning_rate(options))
 
 
 @pytest.fixture(scope="module", params=list(PARTS))
@@ -47,7 +57,7 @@ def test_full_trains_all_but_the_encoder(model, parts: tuple[str, str]) -> None:
     encoder, projector = (f"{part}." for part in parts)
     for name, weight in trained.named_parameters():
         assert weight.requires_grad == (name.startswith(projector) or not name.startswith(encoder)), name
-    (group,) = parameter_groups(trained, FULL)
+    (group,) = groups_of(trained, FULL)
     assert group["lr"] == 1e-3
     assert len(group["params"]) == sum(weight.requires_grad for weight in trained.parameters())
 
@@ -66,7 +76,7 @@ def test_lora_trains_every_linear_of_the_text_model_and_the_projector(model, par
     whole = {name.partition(".modules_to_save.")[0] for name in names if ".lora_" not in name}
     assert adapted == linear and linear
     assert whole == {parts[1]}
-    main, projector = parameter_groups(trained, LORA)
+    main, projector = groups_of(trained, LORA)
     assert (main["lr"], projector["lr"]) == (2e-4, pytest.approx(2e-5))
     assert len(main["params"]) == 2 * len(linear)
 

@@ -1,0 +1,115 @@
+"""How finetuning gets its backbone: on this process's device, in a precision fit to learn in, or in 4 bits.
+
+And how the trained model comes back in one piece where several processes hold parts of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForMultimodalLM, BitsAndBytesConfig
+
+from backbones import Backbone, load_backbone
+from backbones.loading import TINY
+
+from ..options import FinetuneOptions
+from .depths import fixed_layer, is_sharded
+from .parts import encoders, projectors
+from .recipe import ADAPTERS, make_trainable, process_count
+from .trainer import VariantTrainer
+
+
+def training_device(options: FinetuneOptions) -> torch.device:
+    """The device of this process: of several on a machine with GPUs, each has its own."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    if device == "cuda" and process_count() > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(device)
+
+
+def training_dtype(options: FinetuneOptions) -> str:
+    """Precision of the weights: on a GPU bfloat16 under LoRA, else float32, which small updates need."""
+    if options.dtype != "auto":
+        return options.dtype
+    on_gpu = training_device(options).type == "cuda"
+    return "bfloat16" if on_gpu and options.method in ADAPTERS else "float32"
+
+
+def load(options: FinetuneOptions) -> Backbone:
+    """The backbone to finetune. What several processes will share the weights of comes to the CPU first."""
+    device = training_device(options)
+    shared = [os.environ.get(f"ACCELERATE_USE_{way}", "").lower() for way in ("FSDP", "DEEPSPEED")]
+    quantised: dict[str, Any] = {}
+    if options.method == "qlora":
+        quantised = {"quantization_config": four_bits(options, device), "device_map": {"": device}}
+    return load_backbone(
+        options.backbone,
+        insert_layer=fixed_layer(options),
+        device="cpu" if "true" in shared else device,
+        dtype=training_dtype(options),
+        **quantised,
+    )
+
+
+def check_bitsandbytes() -> None:
+    """Raises `ValueError` where QLoRA's package is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--method qlora needs bitsandbytes, which is not installed: pip install 'deepinsert[qlora]'"
+        )
+
+
+def four_bits(options: FinetuneOptions, device: torch.device) -> BitsAndBytesConfig:
+    """NF4 with doubly quantised constants for the text model's linear layers (QLoRA, arXiv 2305.14314);
+    encoder, projector and head stay what they are."""
+    source = TINY if options.backbone == "tiny" else options.backbone
+    with torch.device("meta"):
+        outline = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(source))
+    head = outline.get_output_embeddings()
+    heads = [name for name, module in outline.named_modules() if module is head]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        llm_int8_skip_modules=[*encoders(outline), *projectors(outline), *heads],
+    )
+
+
+def unquantised(options: FinetuneOptions) -> Callable[[], Backbone] | None:
+    """What loads the backbone in ordinary precision, where training had it in 4 bits."""
+    if options.method != "qlora":
+        return None
+    return lambda: load_backbone(
+        options.backbone, insert_layer=fixed_layer(options), device="cpu", dtype=training_dtype(options)
+    )
+
+
+def trained_model(trainer: VariantTrainer, options: FinetuneOptions) -> Any:
+    """The trained model in one piece. Where processes hold parts of it each, the first gathers them into a
+    model of its own, and the others get None."""
+    if not is_sharded(trainer):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.process_index != 0:
+        return None
+    backbone = load_backbone(
+        options.backbone, insert_layer=fixed_layer(options), device="cpu", dtype=training_dtype(options)
+    )
+    model = make_trainable(backbone.model, options)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def end_processes(trainer: VariantTrainer) -> None:
+    """Let the processes part, so that none waits for one that is done."""
+    if trainer.args.world_size > 1:
+        PartialState().destroy_process_group()

@@ -1,0 +1,16 @@
+"""What torchrun starts: `torchrun --nproc_per_node 4 scripts/finetune.py --data DATA --out RUN`.
+
+Options are those of `deepinsert finetune`; `scripts/accelerate` has configurations of `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from controller.cli import main
+
+if __name__ == "__main__":
+    main(["finetune", *sys.argv[1:]])

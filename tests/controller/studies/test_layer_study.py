@@ -1,0 +1,197 @@
+"""A layer study goes on after a kill, and its figures are those of the commands it is made of."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from controller.option_checks import check
+from controller.options import LayerStudyOptions
+from controller.runs import read_result
+from controller.studies import layer_study
+from envs.instructions import load_instructions
+from envs.rewards import RewardTable
+
+ROOT = Path(__file__).parents[3]
+LAYERS = [0, 3, 6]
+CHILD = """
+import pickle, sys, torch
+from controller.studies import layer_study
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    layer_study.run(pickle.load(sys.stdin.buffer))
+"""
+
+
+@pytest.fixture(scope="module")
+def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> LayerStudyOptions:
+    return LayerStudyOptions(
+        out=tmp_path_factory.mktemp("study") / "run",
+        data=rendered_data,
+        insert_layers="0,3,6",
+        held_out=0.3,
+        steps=2,
+        batch_size=4,
+        learning_rate=3e-3,
+        distillation=0,
+        skip_weights="0,0.3",
+        policy_fraction=1.0,
+        jobs=2,
+        device="cpu",
+    )
+
+
+def processes_of(session: int) -> list[int]:
+    """The running processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, IndexError):
+            continue
+        if entry.name.isdecimal() and int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(options: LayerStudyOptions, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, int]:
+    """Start the study in processes and kill the first when a finetune is done; what was written by then."""
+    script = tmp_path_factory.mktemp("script") / "child.py"
+    script.write_text(CHILD)
+    child = subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert child.stdin is not None
+    child.stdin.write(pickle.dumps(options))
+    child.stdin.close()
+    deadline = time.monotonic() + 300
+    done = options.out / "finetune-0" / "result.json"
+    while not done.is_file() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert child.returncode == -signal.SIGKILL, "the study ended before it was killed"
+    while processes_of(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes_of(child.pid)  # nobody writes to its folders any more
+    assert not (options.out / "result.json").exists()
+    return {path: path.stat().st_mtime_ns for path in options.out.glob("*/result.json")}
+
+
+@pytest.fixture(scope="module")
+def result(options: LayerStudyOptions, killed: dict[Path, int]) -> dict:
+    return layer_study.run(replace(options, jobs=1))
+
+
+def test_what_was_done_before_the_kill_is_kept(result: dict, killed: dict[Path, int]) -> None:
+    assert killed
+    assert {path: path.stat().st_mtime_ns for path in killed} == killed
+
+
+def test_no_image_is_on_both_sides(result: dict, options: LayerStudyOptions) -> None:
+    train, held_out = (
+        load_instructions(options.out / "data" / f"{part}.json", options.data.parent)
+        for part in ("train", "held_out")
+    )
+    everything = load_instructions(options.data)
+    assert not {record.image_key for record in train} & {record.image_key for record in held_out}
+    assert all(record.images for record in held_out)
+    text = [record for record in everything if not record.images]
+    assert len(train) + len(held_out) >= len(everything) - len(text)
+    assert result["images"] == len({record.image_key for record in held_out})
+
+
+def test_figures_are_those_of_the_commands(result: dict, options: LayerStudyOptions) -> None:
+    assert [row["insert_layer"] for row in result["by_layer"]] == LAYERS
+    sweep = read_result(options.out / "sweep")["by_layer"]
+    finetuned = read_result(options.out / "evaluate-finetuned")["variants"]
+    shared = read_result(options.out / "evaluate-random")["variants"]
+    for row, zero_shot, variant, fixed in zip(result["by_layer"], sweep, finetuned, shared, strict=True):
+        for kind, said in (("zero_shot", zero_shot), ("finetuned", variant), ("random", fixed)):
+            assert said["insert_layer"] == row["insert_layer"]
+            for metric in ("loss", "accuracy"):
+                found = row[f"{kind}_{metric}"]
+                assert found["mean"] == pytest.approx(said[metric], abs=1e-9)
+                assert found["interval"][0] <= found["mean"] <= found["interval"][1]
+        assert row["flops_ratio"] == zero_shot["flops_ratio"]
+    trained = read_result(options.out / "random")
+    assert trained["trained_layers"] == LAYERS and trained["steps"] == options.steps
+    differences = [entry["mean"] for entry in result["shared"]["random"]["accuracy_difference"]]
+    expected = [one["accuracy"] - two["accuracy"] for one, two in zip(shared, finetuned, strict=True)]
+    assert differences == pytest.approx(expected)
+    assert list(result["shared"]) == ["random"]
+
+
+def test_picks_and_regret_follow_from_the_figures(result: dict, options: LayerStudyOptions) -> None:
+    table = RewardTable.load(options.out / "sweep" / "table", LAYERS)
+    finetuned = np.array([row["finetuned_loss"]["mean"] for row in result["by_layer"]])
+    expected = np.array([row["expected_loss"] for row in result["by_layer"]])
+    assert [entry["skip_weight"] for entry in result["by_skip_weight"]] == [0.0, 0.3]
+    for entry in result["by_skip_weight"]:
+        bonus = entry["skip_weight"] * np.array(LAYERS) / 8
+        truth = bonus - finetuned
+        for name, told in (("zero_shot", table.losses.mean(axis=0)), ("policy", expected)):
+            picked = int((bonus - told).argmax())
+            assert entry[name]["picked"] == LAYERS[picked]
+            assert entry[name]["best"] == LAYERS[int(truth.argmax())]
+            assert entry[name]["regret"] == pytest.approx(truth.max() - truth[picked])
+
+
+def test_a_finished_study_is_not_repeated(result: dict, options: LayerStudyOptions) -> None:
+    written = {path: path.stat().st_mtime_ns for path in options.out.rglob("*") if path.name != "config.json"}
+    assert layer_study.run(replace(options, jobs=7)) == result
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert (options.out / "layer_study.png").stat().st_size > 10_000
+    page = (options.out / "layer_study.md").read_text()
+    assert "| 6 |" in page and "Spearman" in page and "nan" not in page
+
+
+def test_another_study_does_not_mix_with_it(result: dict, options: LayerStudyOptions) -> None:
+    with pytest.raises(ValueError, match="--steps 2, now 3"):
+        layer_study.run(replace(options, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"skip_weights": "0,-1"}, "--skip-weights '0,-1': give numbers"),
+        ({"skip_weights": "much"}, "--skip-weights 'much': give numbers"),
+        ({"jobs": 0}, "--jobs 0: give at least 1"),
+        ({"longer": 0}, "--longer 0: give at least 1"),
+        ({"policy_fraction": 0.0}, "--policy-fraction 0.0: give a share"),
+        ({"distillation": 2.0}, "--distillation 2.0: give a weight"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(
+    options: LayerStudyOptions, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(replace(options, **changed))
+
+
+def test_two_layers_are_no_ranking(options: LayerStudyOptions, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--insert-layers '0,4': give at least 3 layers"):
+        layer_study.run(replace(options, out=tmp_path / "two", insert_layers="0,4"))
+
+
+def test_json_lines_are_divided_too(options: LayerStudyOptions, tmp_path: Path) -> None:
+    lines = tmp_path / "instructions.jsonl"
+    records = json.loads(options.data.read_text())
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = replace(options, out=tmp_path / "out", data=lines, image_root=options.data.parent)
+    parts = [json.loads(path.read_text()) for path in layer_study.write_split(given)]
+    assert all(record in records for part in parts for record in part)
+    assert len(parts[0]) > len(parts[1]) > 0
