@@ -60,16 +60,16 @@ COMMANDS = {
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
-    "report": Command(
-        command_options.ReportOptions,
-        "variants.report",
-        "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
-    ),
     "layer-study": Command(
         command_options.LayerStudyOptions,
         "studies.layer_study",
         "deepinsert layer-study --data runs/demo/data/train/instructions.json --insert-layers 0,3,6 "
         "--steps 60 --jobs 2 --out runs/layer-study",
+    ),
+    "report": Command(
+        command_options.ReportOptions,
+        "variants.report",
+        "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
     ),
     "bench": Command(
         command_options.BenchOptions,

@@ -200,16 +200,6 @@ class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
 
 
 @dataclass(kw_only=True)
-class ReportOptions:
-    """Put several evaluations of the same variants into one table and one picture."""
-
-    out: Path
-    """Run folder."""
-    runs: tuple[Path, ...]
-    """Run folders of evaluate, each of another benchmark or data set."""
-
-
-@dataclass(kw_only=True)
 class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
     """Finetune at every insert layer, and see whether the frozen model would have told which is best."""
 
@@ -241,6 +231,16 @@ class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
     """Optimiser steps between checkpoints that a killed study continues from."""
     jobs: int = 1
     """Commands to run at a time, each with its share of the threads."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """Put several evaluations of the same variants into one table and one picture."""
+
+    out: Path
+    """Run folder."""
+    runs: tuple[Path, ...]
+    """Run folders of evaluate, each of another benchmark or data set."""
 
 
 @dataclass(kw_only=True)
