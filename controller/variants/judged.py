@@ -15,7 +15,7 @@ from envs.prompts import Prompt
 from ..option_checks import parse_layers
 from ..options import EvaluateOptions
 from ..policy.layer_policy import LayerPolicy
-from .checkpoints import check_whole
+from .manifest import check_whole
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..runs import replacing
+from .manifest import CARD
 
-CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2504.19327"
 TASK = "image-text-to-text"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
@@ -30,9 +30,12 @@ BODY = """\
 # {name}
 
 {model} with **multimodal tokens inserted at decoder layer {insert_layer} of {num_layers}**, finetuned with
-that insertion ({method}). [DeepInsert]({paper}) (Choraria et al., 2025): image, audio or molecule tokens skip
-the first decoder layers; text runs through all of them. {meaning} The weights and the class are those of the
-stock model; the insert layer is in `{config}`.
+that insertion ({method}).
+
+[DeepInsert]({paper}) (Choraria et al., 2025): image, audio or molecule tokens skip the first decoder layers;
+text runs through all of them.
+{meaning}
+The class and the names of the weights are the stock model's; the insert layer is in `{config}`.
 
 ## How to load
 
@@ -45,7 +48,7 @@ stock model; the insert layer is in `{config}`.
 | file | `{data_name}` |
 | SHA-256 | `{data_sha256}` |
 | records | {records:,} used, {skipped:,} left out as broken or without their image |
-| share of the file | {fraction:.0%} |
+| share of the file | {percent:g} % |
 | sources | {sources} |
 
 ## Recipe
@@ -104,7 +107,7 @@ or with PEFT on a base model in hand:
 from backbones import load_backbone
 from peft import PeftModel
 
-base = load_backbone({base!r}, insert_layer={insert_layer})
+base = load_backbone("{base}", insert_layer={insert_layer})
 model = PeftModel.from_pretrained(base.model, "{source}")
 ```
 """
@@ -147,13 +150,15 @@ def write_card(folder: Path, facts: Facts, adapter: bool = False) -> None:
 def body(facts: Facts, adapter: bool) -> str:
     """The card's Markdown."""
     options, result = facts.options, facts.result
-    base = "tiny" if facts.backbone == "tiny" else published_base(facts.backbone) or "the base model"
+    base = facts.backbone if facts.backbone == "tiny" else published_base(facts.backbone)
     loading = (LOAD_ADAPTER if adapter else LOAD_CHECKPOINT).format(
-        source=HERE, base=base, insert_layer=facts.insert_layer
+        source=HERE, base=base or "BASE_MODEL", insert_layer=facts.insert_layer
     )
     return BODY.format(
         name=facts.name,
-        model="The tiny backbone of DeepInsert" if base == "tiny" else base[:1].upper() + base[1:],
+        model={"tiny": "The tiny backbone of DeepInsert", None: "A model of its author's"}.get(
+            base, f"`{base}`"
+        ),
         insert_layer=facts.insert_layer,
         num_layers=facts.num_layers,
         method=options["method"],
@@ -165,7 +170,7 @@ def body(facts: Facts, adapter: bool) -> str:
         data_sha256=facts.data_sha256,
         records=sum(facts.sources.values()),
         skipped=len(result.get("skipped", ())),
-        fraction=options["fraction"],
+        percent=100 * options["fraction"],
         sources=", ".join(f"{name or 'text'} {count:,}" for name, count in facts.sources.items()) or "-",
         recipe=table(("option", "value"), recipe_rows(options, result)),
         train_loss=result["train_loss"],
@@ -198,9 +203,8 @@ def recipe_rows(options: Mapping[str, Any], result: Mapping[str, Any]) -> list[t
         if name in UNTOLD or name.startswith(UNTOLD_PREFIXES):
             continue
         value = result.get(name, value) if value is None else value
-        if isinstance(value, Path):
-            value = value.name
-        rows.append((f"`--{name.replace('_', '-')}`", "by default" if value is None else value))
+        value = value.name if isinstance(value, Path) else value
+        rows.append((f"`--{name.replace('_', '-')}`", value if value not in (None, "", ()) else "by default"))
     return rows
 
 

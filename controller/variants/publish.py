@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as NetworkError  # of the HTTP library in use, which changed
 
 from ..options import FinetuneOptions
-from .checkpoints import check_whole
-from .model_card import CARD, published_as
+from .manifest import CARD, check_whole
+from .model_card import published_as
 
 FOLDERS = {"checkpoint": "", "adapter": "adapter"}
 """Folders of a run that are published, and where they go in the repository."""

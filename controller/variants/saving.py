@@ -11,12 +11,14 @@ from typing import Any
 from peft import PeftModel
 
 from backbones import Backbone
+from backbones.insertion import CONFIG_KEY
 from backbones.loading import ADAPTER_FACTS
 from envs.instructions import InstructionData
 
 from ..options import FinetuneOptions
 from ..runs import versions, write_json
-from .checkpoints import CARD, replacing_folder, sha256, write_manifest
+from .checkpoints import replacing_folder
+from .manifest import CARD, sha256, write_manifest
 from .model_card import Facts, write_card
 
 
@@ -39,7 +41,8 @@ def save_variant(
             (folder / CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
             base = Path(backbone.name)
             name = str(base.resolve()) if base.is_dir() else backbone.name
-            write_json(folder / ADAPTER_FACTS, {"insert_layer": backbone.insert_layer, "backbone": name})
+            facts = getattr(backbone.model.config, CONFIG_KEY)
+            write_json(folder / ADAPTER_FACTS, {**facts, "backbone": name})
             write_manifest(folder)
         if ordinary is not None:
             backbone = ordinary()

@@ -52,7 +52,7 @@ def storage_trouble(error: Exception, folder: Path) -> str | None:
         number = probe(folder) or errno.EFBIG
     place = getattr(error, "filename", None)
     if number in FULL:
-        return f"the disk is full ({free_space(folder)} free)"
+        return f"the disk is full ({free_space(folder)} left)"
     if number == errno.EFBIG:
         return "a file could not be written whole (a limit on the size of files, as of ulimit -f?)"
     if number in FORBIDDEN and (place is None or is_inside(Path(os.fsdecode(place)), folder)):

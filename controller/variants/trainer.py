@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from backbones.families import find_stack
@@ -20,6 +19,7 @@ from ..runs import progress, replacing
 from .batches import PromptDataset, PromptOrder
 from .checkpoints import ResumableTrainer
 from .depths import DepthSampler
+from .event_file import EventFile
 from .recipe import parameter_groups
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
@@ -106,7 +106,7 @@ class LossLog(TrainerCallback):
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out / "train_loss.csv"
-        self.writer: SummaryWriter | None = None
+        self.writer: EventFile | None = None
         self.bar: Iterator[int] = iter(())
 
     def on_train_begin(
@@ -118,7 +118,7 @@ class LossLog(TrainerCallback):
             writer.writerows(
                 [entry.get(name) for name in COLUMNS] for entry in state.log_history if "loss" in entry
             )
-        self.writer = SummaryWriter(str(self.out), purge_step=state.global_step + 1)
+        self.writer = EventFile(self.out, first_step=state.global_step + 1)
         steps = range(state.global_step, state.max_steps)
         self.bar = progress(steps, "finetune", len(steps))
         next(self.bar, None)
@@ -138,12 +138,6 @@ class LossLog(TrainerCallback):
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerow([row.get(name) for name in COLUMNS])
         if self.writer is not None:
-            for name in ("loss", "learning_rate", "grad_norm"):
-                self.writer.add_scalar(f"train/{name}", row[name], state.global_step)
+            told = ("loss", "learning_rate", "grad_norm")
+            self.writer.add(state.global_step, {f"train/{name}": row[name] for name in told})
         next(self.bar, None)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.writer is not None:
-            self.writer.close()

@@ -18,9 +18,10 @@ import torch
 from controller import runs
 from controller.options import FinetuneOptions
 from controller.variants import checkpoints, finetune, trainer
-from controller.variants.checkpoints import check_whole, checkpoint_folders, newest_complete, sha256
+from controller.variants.checkpoints import checkpoint_folders
+from controller.variants.manifest import check_whole, sha256
 
-SIZE = 400  # MB
+SIZE = 160  # MB
 
 
 def fill(disk: Path, left: int) -> None:
@@ -40,8 +41,9 @@ def remount(disk: Path, mode: str) -> None:
 # A moment: whose method is about to be called, and for the how-manieth time.
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "start": (finetune, "start_run", 1),
+    "train-begin": (trainer.LossLog, "on_train_begin", 1),
     "first-checkpoint": (checkpoints.ResumableTrainer, "_save_checkpoint", 1),
-    "checkpoint": (checkpoints.ResumableTrainer, "_save_checkpoint", 3),
+    "checkpoint": (checkpoints.ResumableTrainer, "_save_checkpoint", 2),
     "manifest": (checkpoints, "write_manifest", 2),
     "log": (trainer.LossLog, "on_log", 3),
     "final-save": (finetune, "save_variant", 1),
@@ -68,7 +70,7 @@ def spoiling(moment: str, spoil: Callable[[], None]) -> Callable[[], None]:
 
 
 def main(disk: Path, options: FinetuneOptions, cases: list[tuple[str, str, int]]) -> None:
-    """Each case: "full" or "read-only", the moment, and the bytes that a full disk has left."""
+    """Each case: "full", "read-only" or "none", the moment, and the bytes that a full disk has left."""
     disk.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}m", "tmpfs", str(disk)], check=True)
     for trouble, moment, left in cases:
@@ -78,7 +80,7 @@ def main(disk: Path, options: FinetuneOptions, cases: list[tuple[str, str, int]]
         def spoil(trouble: str = trouble, left: int = left) -> None:
             if trouble == "full":
                 fill(disk, left)
-            else:
+            elif trouble == "read-only":
                 remount(disk, "ro")
 
         mend = spoiling(moment, spoil)
@@ -91,20 +93,19 @@ def main(disk: Path, options: FinetuneOptions, cases: list[tuple[str, str, int]]
         complete = [path.name for path in checkpoint_folders(training) if (path / "manifest.json").is_file()]
         found: dict[str, Any] = {
             "case": [trouble, moment, left],
-            "error": [type(error).__name__, str(error)],
+            "error": error and [type(error).__name__, str(error)],
             "complete": complete,
             "whole": [check_whole(training / name)["step"] for name in complete],
             "result": (run.out / "result.json").exists(),
         }
-        if trouble == "full":
+        if trouble != "read-only":
             (disk / "filler").unlink(missing_ok=True)
         else:
             remount(disk, "rw")
-        newest_complete(training, {})
         finetune.run(run)
         found["sum"] = sha256(run.out / "checkpoint" / "model.safetensors")
         found["litter"] = [path.name for path in run.out.iterdir() if path.name.startswith(".")]
-        found["log"] = len((run.out / "train_loss.csv").read_text().splitlines())
+        found["curve"] = runs.read_result(run.out)["train_loss_curve"]
         print(json.dumps(runs.to_json(found)), flush=True)
         subprocess.run(["rm", "-r", str(run.out)], check=True)
 
