@@ -16,7 +16,7 @@ from envs.prompts import EncodedImage, ImageRef
 from . import captions, gqa, instructions, multiple_choice, sounds, vqa, yes_no
 from .contract import Benchmark, Example, Score
 
-__all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "benchmark", "check_images", "questions"]
+__all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "askable", "benchmark", "check_images", "questions"]
 
 BENCHMARKS: dict[str, Benchmark] = {
     entry.name: entry
@@ -41,6 +41,20 @@ def benchmark(name: str, **settings: str | None) -> Benchmark:
     if not given:
         return found
     return replace(found, score=partial(found.score, **given), settings={**found.settings, **given})
+
+
+def askable(name: str, **settings: str | None) -> Benchmark:
+    """The benchmark of this name with its `settings`, whose questions are put to a model.
+
+    Raises `ValueError` where they are about what no command can show one: sounds and molecules.
+    """
+    found = benchmark(name, **settings)
+    if not found.askable:
+        raise ValueError(
+            f"--benchmark {name}: its questions cannot be put to a model yet; deepinsert score takes answers "
+            "made elsewhere"
+        )
+    return found
 
 
 def questions(examples: Sequence[Example]) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from envs.prompts import prompts_from
 
 from ..answers import generate_answers, losses_and_flops
 from ..data import read_data
-from ..metrics.benchmark import Benchmark, Example, benchmark, check_images
+from ..metrics.benchmark import Benchmark, Example, askable, check_images
 from ..option_checks import check
 from ..options import EvaluateOptions
 from ..runs import machine, read_result, replacing, start_run, to_json, write_result
@@ -48,12 +48,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         result = read_result(out)
         print(table(result))
         return result
-    bench = benchmark(options.benchmark, metrics=options.metrics)
-    if not bench.askable:
-        raise ValueError(
-            f"--benchmark {bench.name}: its sounds or molecules cannot be shown to a model here; make the "
-            "answers elsewhere and give them to deepinsert score"
-        )
+    bench = askable(options.benchmark, metrics=options.metrics)
     examples, skipped = read_examples(options, bench)
     prompts = [example.prompt for example in examples]
     variants = load_variants(options, prompts)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.media import DatasetError, check_image, normal_path, open_image
+from envs.media import DatasetError, check_image, decode_image, normal_path, open_image
+from envs.prompt_keys import prompt_keys
+from envs.prompts import EncodedImage, Prompt
 
 
 @pytest.fixture
@@ -253,6 +255,31 @@ def test_exif_orientation_is_undone(root: Path, orientation: int, corner: tuple[
 def test_broken_exif_does_not_lose_the_image(root: Path) -> None:
     Image.new("RGB", (4, 2), "green").save(root / "exif.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xffnonsense")
     assert open_image(root, "exif.png").size == (4, 2)
+
+
+def test_bytes_within_a_data_file_have_the_same_limits(root: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (6, 4), (0, 0, 0, 0)).save(file, "PNG")
+    data = file.getvalue()
+    assert (
+        decode_image(data, "a#1").mode == "RGB" and decode_image(data, "a#1").getpixel((0, 0)) == (255,) * 3
+    )
+    with pytest.raises(DatasetError, match=f"'a#1' has {len(data)} bytes, more than"):
+        decode_image(data, "a#1", max_bytes=len(data) - 1)
+    with pytest.raises(DatasetError, match="6x4, more than the 23 pixels"):
+        decode_image(data, "a#1", max_pixels=23)
+    with pytest.raises(DatasetError, match="'a#1' is broken"):
+        decode_image(data[: data.index(b"IDAT") + 6], "a#1")
+    with pytest.raises(DatasetError, match="'a#1' cannot be read as"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0", "a#1")
+    one, other_name, other_bytes = prompt_keys(
+        [_about(data, "a"), _about(data, "b"), _about(data + b" ", "a")]
+    )
+    assert one == other_name != other_bytes
+
+
+def _about(data: bytes, name: str) -> Prompt:
+    return Prompt("", "", "", [], (EncodedImage(Path("."), name, "", data),), "")
 
 
 def test_no_descriptor_is_left_open(root: Path) -> None:

@@ -139,20 +139,19 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str], quoted: bool 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a Parquet file, which must have all `columns`; images stay bytes."""
-    import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(path).read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatasetError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
+        items = table.to_pylist()
+    except Exception as error:  # A broken file makes pyarrow raise anything.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DatasetError(f"{path}: not a whole Parquet file ({reason}); fetch it again") from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         there = ", ".join(table.column_names[:12])
         raise DatasetError(f"{path}: no column {missing[0]!r}; it has: {there}")
-    return not_empty(
-        [Row(item, f"{path}, row {index}") for index, item in enumerate(table.to_pylist())], path
-    )
+    return not_empty([Row(item, f"{path}, row {index}") for index, item in enumerate(items)], path)
 
 
 def parquet_files(data: Path, split: str) -> list[Path]:

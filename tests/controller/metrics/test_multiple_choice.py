@@ -1,6 +1,7 @@
 """ScienceQA, AI2D, MMBench and MMMU on cases worked by hand, and their files."""
 
 import json
+import random
 
 import pyarrow
 import pytest
@@ -311,7 +312,39 @@ def test_mmmu_names_what_is_wrong(tmp_path, change, problem):
 def test_what_is_no_parquet_is_named(tmp_path):
     path = tmp_path / "validation-0.parquet"
     path.write_bytes(b"no")
-    with pytest.raises(DatasetError, match="not a Parquet file"):
+    with pytest.raises(DatasetError, match="not a whole Parquet file"):
         benchmark("mmmu").read(path, None)
     with pytest.raises(DatasetError, match=r"no validation-\*\.parquet in it"):
         benchmark("mmmu").read(tmp_path / "none", None)
+
+
+def write_rotated(folder):
+    row = {"index": 7, "question": "Which?", "A": "cat", "B": "dog", "answer": "B", "image": image_base64()}
+    return write_mmbench(folder, [row, {**row, "index": 9, "image": 7}])
+
+
+def write_subject(folder):
+    return write_parquet(folder / "validation-0.parquet", [mmmu_row(1), mmmu_row(2)])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("scienceqa", write_scienceqa), ("mmbench", write_rotated), ("mmmu", write_subject)]
+)
+def test_a_damaged_file_is_read_or_refused(tmp_path, name, write):
+    """Cut off, a byte changed, or something else written over a few: never another error, and both happen."""
+    path = write(tmp_path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    junk = [b"null", b"{}", b"-1", b"\t", b"\n", b'"', b"\xff", b"NaN", b"\\ud800", b"9" * 30]
+    refused = 0
+    for _ in range(120):
+        at = rng.randrange(len(whole))
+        kept = rng.choice(
+            [b"", bytes([rng.randrange(256)]) + whole[at + 1 :], rng.choice(junk) + whole[at + 5 :]]
+        )
+        path.write_bytes(whole[:at] + kept)
+        try:
+            examples = benchmark(name).read(path, None)
+            benchmark(name).score(["B"] * len(examples), examples)
+        except DatasetError:
+            refused += 1
+    assert 0 < refused < 120

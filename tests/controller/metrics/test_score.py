@@ -71,6 +71,29 @@ def test_llava_answers_to_one_image_are_told_apart_by_their_prompt(tmp_path):
     assert read_answers(write_rows(tmp_path / "answers.jsonl", rows), examples) == ["Yes", "No"]
 
 
+def test_llava_answers_to_textvqa_are_told_apart_by_their_prompt(tmp_path):
+    rows = [
+        {"question_id": n, "image_id": "0a1b", "question": f"What is {n}?", "answers": [str(n)] * 10}
+        for n in (34602, 34603)
+    ]
+    data = tmp_path / "TextVQA_0.5.1_val.json"
+    data.write_text(json.dumps({"data": rows}))
+    examples = benchmark("textvqa").read(data, None)
+    said = [
+        {
+            "question_id": "0a1b",
+            "text": f"It: {n}",
+            "prompt": f"What is {n}?\nReference OCR token: 34602\nShort.",
+        }
+        for n in (34603, 34602)
+    ]
+    found = read_answers(write_rows(tmp_path / "answers.jsonl", said), examples)
+    assert found == ["It: 34602", "It: 34603"]
+    said[1]["prompt"] = "What is 3?"
+    with pytest.raises(DatasetError, match="the data has no question '0a1b'"):
+        read_answers(write_rows(tmp_path / "answers.jsonl", said), examples)
+
+
 def test_llava_answers_to_mmbench_say_the_rotation(tmp_path):
     line = ["7", "Which?", "cat", "dog", "B", image_base64()]
     (tmp_path / "m.tsv").write_text(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from controller.metrics.benchmark import BENCHMARKS, benchmark
+from controller.metrics.benchmark import BENCHMARKS, askable, benchmark
 from controller.metrics.embedders import similarities
 from controller.metrics.sounds import heard, label_text, mean_average_precision
 from envs.media import DatasetError
@@ -45,6 +45,9 @@ def test_an_embedder_must_be_named_and_nothing_stands_in_for_it():
 def test_sounds_are_scored_not_asked():
     names = ("esc50", "vocalsound", "vggsound", "fsd50k", "audioset")
     assert not any(BENCHMARKS[name].askable for name in names)
+    with pytest.raises(ValueError, match=r"--benchmark esc50: .*deepinsert score"):
+        askable("esc50")
+    assert askable("pope").name == "pope"
 
 
 def test_esc50(tmp_path):

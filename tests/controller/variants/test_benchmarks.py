@@ -117,7 +117,7 @@ def test_a_run_cut_off_keeps_the_answers_it_has(result: dict[str, Any], options:
 
 
 def test_questions_that_cannot_be_shown_are_refused(options: EvaluateOptions) -> None:
-    with pytest.raises(ValueError, match=r"--benchmark esc50: its sounds.*deepinsert score"):
+    with pytest.raises(ValueError, match=r"--benchmark esc50: its questions.*deepinsert score"):
         evaluate.run(replace(options, out=options.out / "z", benchmark="esc50"))
 
 
