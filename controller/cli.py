@@ -71,6 +71,12 @@ COMMANDS = {
         "variants.report",
         "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
     ),
+    "score": Command(
+        command_options.ScoreOptions,
+        "metrics.score",
+        "deepinsert score --data runs/demo/data/held_out/instructions.json "
+        "--answers runs/demo/evaluate/predictions/finetune.jsonl --out runs/score",
+    ),
     "bench": Command(
         command_options.BenchOptions,
         "performance.bench",

@@ -260,6 +260,9 @@ def _check_paths(values: dict[str, Any]) -> None:
     folder = values.get("benchmark", "instructions") != "instructions" and data is not None and data.is_dir()
     if data is not None and not data.is_file() and not folder:
         raise ValueError(f"--data {data}: there is no such file")
+    answers = values.get("answers")
+    if answers is not None and not answers.is_file():
+        raise ValueError(f"--answers {answers}: there is no such file")
     if root is not None and not root.is_dir():
         raise ValueError(f"--image-root {root}: there is no such folder")
     backbone = values.get("backbone", "tiny")

@@ -244,6 +244,27 @@ class ReportOptions:
 
 
 @dataclass(kw_only=True)
+class ScoreOptions(RunOptions):
+    """Score answers that are there already by a benchmark's published rule; no model is loaded."""
+
+    benchmark: str = "instructions"
+    """What the data is: instructions (LLaVA's JSON), textvqa, vqav2, okvqa, gqa, pope, mme, scienceqa, ai2d,
+    mmbench, mmmu, esc50, vocalsound, vggsound, fsd50k, audioset, coco-captions, chebi20 or captions."""
+    data: Path
+    """The benchmark's published file or folder."""
+    answers: Path
+    """JSON lines (or a list) of id and prediction, as evaluate writes; or LLaVA's question_id and text."""
+    image_root: Path | None = None
+    """Folder that image paths are relative to; by default the folder of the data."""
+    embedder: str | None = None
+    """What finds the label that a sound's description means: tfidf, or a sentence-transformers model."""
+    tokenizer: str | None = None
+    """Tokens that BLEU counts for chebi20: words, or the tokenizer of a model (folder or hub id)."""
+    metrics: str | None = None
+    """Of a captions benchmark only these: bleu,rouge,meteor,cider,spice (what it has of them)."""
+
+
+@dataclass(kw_only=True)
 class BenchOptions(RunOptions):
     """Measure prefill, decoding and training by insert layer beside the stock model, in paired rounds."""
 

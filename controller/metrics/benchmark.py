@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +13,34 @@ from numpy.typing import NDArray
 from envs.media import DatasetError, check_image
 from envs.prompts import EncodedImage, ImageRef
 
-from . import gqa, instructions, multiple_choice, vqa, yes_no
+from . import captions, gqa, instructions, multiple_choice, sounds, vqa, yes_no
 from .contract import Benchmark, Example, Score
 
 __all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "benchmark", "check_images", "questions"]
 
 BENCHMARKS: dict[str, Benchmark] = {
     entry.name: entry
-    for room in (instructions, vqa, gqa, yes_no, multiple_choice)
+    for room in (instructions, vqa, gqa, yes_no, multiple_choice, sounds, captions)
     for entry in room.BENCHMARKS
 }
 
 
-def benchmark(name: str) -> Benchmark:
-    """The benchmark of this name. Raises `ValueError` that lists the names where there is none."""
+def benchmark(name: str, **settings: str | None) -> Benchmark:
+    """The benchmark of this name, with those of its `settings` that are given (not None).
+
+    Raises `ValueError` that lists the names where there is none, and for a setting that it has not.
+    """
     if name not in BENCHMARKS:
         raise ValueError(f"--benchmark {name!r}: there is no such benchmark; choose {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
+    found = BENCHMARKS[name]
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key, value in given.items():
+        if key not in found.settings:
+            own = ", ".join(f"--{each}" for each in found.settings) or "no setting"
+            raise ValueError(f"--{key} {value}: {name} has {own}; leave it out")
+    if not given:
+        return found
+    return replace(found, score=partial(found.score, **given), settings={**found.settings, **given})
 
 
 def questions(examples: Sequence[Example]) -> NDArray[np.int64]:

@@ -52,10 +52,12 @@ class Benchmark:
     """Where the rule comes from: the evaluation script or paper that it follows."""
     read: Callable[[Path, Path | None], list[Example]]
     """Examples of the data at a path, images below a root (None: where the benchmark keeps them)."""
-    score: Callable[[Sequence[str], Sequence[Example]], Score]
-    """The score of one answer for each example, in their order."""
+    score: Callable[..., Score]
+    """The score of one answer for each example, in their order: `score(answers, examples)`."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Choices that the numbers depend on, such as the embedder; they belong beside the score."""
+    askable: bool = True
+    """Whether the commands can put its questions to a model; else answers made elsewhere are scored."""
 
 
 def mean_score(

@@ -47,7 +47,8 @@ def figure1(found: Mapping[str, Any], path: Path) -> None:
     )
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="best")
+    if rows:
+        axes.legend(frameon=False, loc="best")
     figure.supxlabel(f"{found['prompts']} questions; {describe_machine(found['machine'])}", fontsize=8)
     save_figure(figure, path, dpi=120)
 

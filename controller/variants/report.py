@@ -58,10 +58,10 @@ def table1(results: Sequence[Result]) -> dict[str, Any]:
     """The paper's Table 1: a row for each variant, a column for each benchmark, or source of instructions,
     their average, and what the variant costs.
 
-    Scores are in the benchmark's unit, accuracies in percent. The average is over the columns in percent,
-    None for a variant that lacks one; costs are means over the results, ratios against the baseline. A
-    p-value is McNemar's; `significant` says whether it is below 0.05 or, where there is none, whether the
-    95 % interval of the difference leaves out 0.
+    Scores are in the benchmark's unit, accuracies in percent. The average is over the columns in percent (a
+    single column is its own average), None for a variant that lacks one; costs are means over the results,
+    ratios against the baseline. A p-value is McNemar's; `significant` says whether it is below 0.05 or, where
+    there is none, whether the 95 % interval of the difference leaves out 0.
 
     Raises `ValueError` where results have another baseline, or a name stands for other insert layers.
     """
@@ -72,6 +72,8 @@ def table1(results: Sequence[Result]) -> dict[str, Any]:
             "variants, the baseline first, to each"
         )
     columns = [column for result in results for column in columns_of(result, len(results) > 1)]
+    for column in columns:
+        column["averaged"] = column["unit"] not in NOT_AVERAGED or len(columns) == 1
     names = list(dict.fromkeys(row["name"] for result in results for row in result["variants"]))
     rows = []
     for name in names:
@@ -80,9 +82,7 @@ def table1(results: Sequence[Result]) -> dict[str, Any]:
         if len(layers) > 1:
             raise ValueError(f"variant {name!r} has insert layers {sorted(map(str, layers))}: rename one")
         scores = [column["scores"].get(name) for column in columns]
-        averaged = [
-            score for score, column in zip(scores, columns, strict=True) if column["unit"] not in NOT_AVERAGED
-        ]
+        averaged = [score for score, column in zip(scores, columns, strict=True) if column["averaged"]]
         costs = [cost(row, result) for result in results for row in result["variants"] if row["name"] == name]
         rows.append(
             {
@@ -97,10 +97,7 @@ def table1(results: Sequence[Result]) -> dict[str, Any]:
             }
         )
     return {
-        "columns": [
-            {"name": column["name"], "unit": column["unit"], "averaged": column["unit"] not in NOT_AVERAGED}
-            for column in columns
-        ],
+        "columns": [{name: column[name] for name in ("name", "unit", "averaged")} for column in columns],
         "rows": rows,
         "baseline": baselines[0],
         "prompts": sum(result["prompts"] for result in results),

@@ -240,6 +240,7 @@ def test_the_examples_parse_and_name_what_the_demo_writes(tmp_path):
 
     demo = Demo(DemoOptions(), Path("runs/demo"), FULL)
     there = {str(demo.data(part)) for part in ("train", "held_out")} | {f"runs/demo/{step}" for step in STEPS}
+    there.add("runs/demo/evaluate/predictions/finetune.jsonl")
     for name, command in cli.COMMANDS.items():
         words = shlex.split(command.example)
         assert words[:2] == ["deepinsert", name]
@@ -258,6 +259,7 @@ def test_the_demo_runs_and_is_not_repeated(tmp_path, capsys):
     for step in ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate"):
         assert result_of(tmp_path / "demo" / step), step
         assert (tmp_path / "demo" / step / "config.json").is_file()
+    assert (tmp_path / "demo" / "evaluate" / "predictions" / "finetune.jsonl").is_file()
     result = result_of(tmp_path / "demo")
     assert [row["insert_layer"] for row in result["variants"]] == [0, result["insert_layer"]]
     assert "image tokens enter at layer" in out

@@ -64,7 +64,7 @@ def _textvqa(row: Row, text: str, image: str, root: Path) -> Example:
     name = row.text("image_id")
     images = (ImageRef(root, image, row.where),)
     prompt = ask(row.text("question_id"), "textvqa", text, images, most_common(answers), name)
-    return Example(prompt, answers, {"image_id": name, "question": row.text("question")})
+    return Example(prompt, answers, {"asked_as": (name, row.text("question").lower())})
 
 
 def read_vqav2(data: Path, image_root: Path | None) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from backbones import Backbone, CostModel, load_backbone
 from controller.answers import generation_inputs
@@ -97,6 +98,18 @@ def test_the_result_keeps_the_contract(
     assert baseline["time_ratio"] == baseline["flops_ratio"] == 1
     assert baseline["accuracy_difference"] == baseline["loss_difference"] == 0
     assert (options.out / "evaluate.png").is_file()
+
+
+def test_the_model_card_of_each_variant_tells_the_result(
+    result: dict[str, Any], options: EvaluateOptions
+) -> None:
+    # Other tests evaluate these variants anew, and a card tells of the last evaluation: this one comes first.
+    table = (options.out / "table1.md").read_text().strip()
+    for row, folder in zip(result["variants"], options.variants, strict=True):
+        card = ModelCard.load(folder / "checkpoint" / "README.md")
+        assert table in card.text
+        told = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+        assert told == pytest.approx({"accuracy": row["accuracy"], "loss": row["loss"]}, abs=1e-6)
 
 
 def test_losses_are_those_of_the_stock_loss_on_each_prompt_alone(

@@ -1,0 +1,142 @@
+"""Captions: what the libraries are handed, and that what is missing is named."""
+
+import json
+import shutil
+
+import pytest
+from picture_files import save_image
+
+from controller.metrics import captions
+from controller.metrics.benchmark import benchmark, check_images
+
+nltk = pytest.importorskip("nltk")
+pytest.importorskip("rouge_score")
+pytest.importorskip("sacrebleu")
+
+
+@pytest.fixture
+def chebi(tmp_path):
+    path = tmp_path / "test.txt"
+    path.write_text(
+        'CID\tSMILES\tdescription\n7\tCCO\tThe molecule is "ethanol" that burns well.\n'
+        "8\tO\tThe molecule is water and does not burn.\n"
+    )
+    return path
+
+
+def molecules(tokenizer="words", metrics="bleu,rouge"):
+    return benchmark("chebi20", tokenizer=tokenizer, metrics=metrics)
+
+
+def test_molecules(chebi):
+    """Eight words, of which the answer to the second has all but one: 14 of 15 words and 11 of 13 pairs are
+    right, and both answers are as long as their references."""
+    examples = molecules().read(chebi, None)
+    assert [e.prompt.id for e in examples] == ["7", "8"] and examples[0].references[0].count('"') == 2
+    said = [examples[0].references[0], "The molecule is WATER and does not burn."]
+    found = molecules().score(said, examples)
+    assert found.unit == "BLEU-2" and found.items is None
+    assert found.headline == pytest.approx(100 * (14 / 15 * 11 / 13) ** 0.5)
+    assert found.details["ROUGE-1"] == pytest.approx(100)  # rouge-score does not mind case
+    assert set(found.details) == {"BLEU-2", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L"}
+
+
+def test_rouge_counts_words_and_sequences(chebi):
+    examples = molecules(metrics="rouge").read(chebi, None)[1:]
+    found = molecules(metrics="rouge").score(["the molecule does burn"], examples)
+    # 4 words said, all right, of 8: F = 2 * 1 * (1/2) / (3/2). 3 pairs, 1 right, of 7: 2 * (1/21) / (10/21).
+    assert found.details["ROUGE-1"] == pytest.approx(100 * 2 / 3)
+    assert found.details["ROUGE-2"] == pytest.approx(20)
+    assert found.unit == "ROUGE-1"
+
+
+def test_a_models_tokenizer(chebi, tmp_path):
+    from backbones import load_backbone
+
+    load_backbone("tiny", device="cpu").processor.tokenizer.save_pretrained(tmp_path / "tokens")
+    rule = molecules(str(tmp_path / "tokens"), "bleu")
+    examples = rule.read(chebi, None)
+    assert rule.score([e.references[0] for e in examples], examples).headline == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, "--tokenizer: BLEU and METEOR depend on it"),
+        ({"tokenizer": "no/such"}, "--tokenizer no/such: "),
+        ({"metrics": "blue"}, "--metrics 'blue': 'blue' is none; choose among bleu, rouge, meteor"),
+        ({"metrics": ","}, "name at least one of"),
+        ({"embedder": "tfidf"}, "--embedder tfidf: chebi20 has --tokenizer, --metrics"),
+    ],
+)
+def test_settings_that_cannot_be_right(chebi, settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        rule = benchmark("chebi20", **settings)
+        rule.score(["a", "b"], rule.read(chebi, None))
+
+
+def test_meteor_without_wordnet_says_how_to_get_it(chebi, monkeypatch, tmp_path):
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nothing")])
+    from nltk.corpus import wordnet
+
+    if "_LazyCorpusLoader__name" not in wordnet.__dict__:
+        pytest.skip("WordNet is loaded already")
+    rule = molecules(metrics="meteor")
+    with pytest.raises(ValueError, match=r"python -m nltk\.downloader wordnet"):
+        rule.score(["a burning liquid", "water"], rule.read(chebi, None))
+
+
+def test_a_library_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"no_such_library is not installed.*deepinsert\[metrics\]"):
+        captions.library("no_such_library.part")
+
+
+def test_captions_of_ones_own(rendered_data):
+    rule = benchmark("captions")
+    examples = rule.read(rendered_data, None)[:8]
+    found = rule.score([e.references[0] for e in examples], examples)
+    assert found.unit == "BLEU-4" and found.details["BLEU-2"] == pytest.approx(100)
+    assert found.details["ROUGE-L"] == pytest.approx(100)
+
+
+def write_coco(folder):
+    record = {
+        "images": [{"id": 42, "file_name": "COCO_val2014_42.jpg"}, {"id": 43, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": 42, "id": 1, "caption": "A man rides a horse."},
+            {"image_id": 42, "id": 2, "caption": "Someone on a brown horse"},
+            {"image_id": 43, "id": 3, "caption": "A red bus in the city."},
+        ],
+    }
+    path = folder / "captions_val2014.json"
+    path.write_text(json.dumps(record))
+    save_image(folder / "val2014" / "COCO_val2014_42.jpg")
+    save_image(folder / "val2014" / "b.jpg")
+    return path
+
+
+def test_read_coco_captions(tmp_path):
+    examples = benchmark("coco-captions").read(write_coco(tmp_path), None)
+    check_images(examples)
+    assert [e.prompt.id for e in examples] == ["42", "43"] and len(examples[0].references) == 2
+
+
+def test_coco_without_java_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    rule = benchmark("coco-captions")
+    with pytest.raises(ValueError, match="needs Java"):
+        rule.score(["a", "b"], rule.read(write_coco(tmp_path), None))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+def test_coco_captions(tmp_path):
+    """An answer that is a reference but for case and point is perfect; METEOR's jar agrees."""
+    pytest.importorskip("pycocoevalcap")
+    rule = benchmark("coco-captions")
+    examples = rule.read(write_coco(tmp_path), None)
+    right = rule.score(["a man rides a horse", "A red bus in the city"], examples)
+    wrong = rule.score(["a red bus in the city", "a man rides a horse"], examples)
+    assert right.unit == "CIDEr" and right.details["BLEU-4"] == pytest.approx(100, abs=1e-3)
+    assert right.details["METEOR"] == pytest.approx(100, abs=1e-3) and right.headline > 100
+    assert wrong.headline < 5 and wrong.details["METEOR"] < 40
