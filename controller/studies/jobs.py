@@ -63,11 +63,11 @@ def in_processes(steps: Mapping[str, Any], jobs: int, logs: Path) -> dict[str, d
 
 def prepare(threads: int, parent: int) -> None:
     """Make a process ready: its threads, and an end when its parent is gone."""
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+    quieten()
     import torch
 
-    quieten()
     torch.set_num_threads(threads)
-    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
 
 
 def leave_with(parent: int) -> None:

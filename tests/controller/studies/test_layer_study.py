@@ -17,6 +17,7 @@ from controller.option_checks import check
 from controller.options import LayerStudyOptions
 from controller.runs import read_result
 from controller.studies import layer_study
+from controller.variants import finetune
 from envs.instructions import load_instructions
 from envs.rewards import RewardTable
 
@@ -39,12 +40,11 @@ def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> La
         insert_layers="0,3,6",
         held_out=0.3,
         steps=2,
-        batch_size=4,
+        batch_size=8,
         learning_rate=3e-3,
         distillation=0,
         skip_weights="0,0.3",
         policy_fraction=1.0,
-        jobs=2,
         device="cpu",
     )
 
@@ -62,10 +62,43 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
+def finished_steps(out: Path) -> dict[Path, int]:
+    """When the steps that have finished wrote their results."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
+
+
 @pytest.fixture(scope="module")
-def killed(options: LayerStudyOptions, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, int]:
-    """Start the study in processes and kill the first when a finetune is done; what was written by then."""
-    script = tmp_path_factory.mktemp("script") / "child.py"
+def interrupted(options: LayerStudyOptions) -> dict[Path, int]:
+    """Start the study and stop it while it finetunes its second layer; the steps finished by then."""
+
+    def interrupt(self: finetune.LossLog, *rest: object, **kwargs: object) -> None:
+        if self.out.name == "finetune-3":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune.LossLog, "on_step_end", interrupt)
+        layer_study.run(options)
+    return finished_steps(options.out)
+
+
+@pytest.fixture(scope="module")
+def result(options: LayerStudyOptions, interrupted: dict[Path, int]) -> dict:
+    return layer_study.run(options)
+
+
+def test_steps_that_were_done_are_kept(
+    result: dict, interrupted: dict[Path, int], options: LayerStudyOptions
+) -> None:
+    assert sorted(path.parent.name for path in interrupted) == ["finetune-0", "random"]
+    assert finished_steps(options.out).items() >= interrupted.items()
+
+
+@pytest.mark.slow
+def test_a_study_of_several_processes_goes_on_after_a_kill(
+    result: dict, options: LayerStudyOptions, tmp_path: Path
+) -> None:
+    run = replace(options, out=tmp_path / "run", jobs=2)
+    script = tmp_path / "child.py"
     script.write_text(CHILD)
     child = subprocess.Popen(
         [sys.executable, str(script)],
@@ -75,10 +108,10 @@ def killed(options: LayerStudyOptions, tmp_path_factory: pytest.TempPathFactory)
         start_new_session=True,
     )
     assert child.stdin is not None
-    child.stdin.write(pickle.dumps(options))
+    child.stdin.write(pickle.dumps(run))
     child.stdin.close()
     deadline = time.monotonic() + 300
-    done = options.out / "finetune-0" / "result.json"
+    done = run.out / "finetune-0" / "result.json"
     while not done.is_file() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
@@ -87,18 +120,13 @@ def killed(options: LayerStudyOptions, tmp_path_factory: pytest.TempPathFactory)
     while processes_of(child.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not processes_of(child.pid)  # nobody writes to its folders any more
-    assert not (options.out / "result.json").exists()
-    return {path: path.stat().st_mtime_ns for path in options.out.glob("*/result.json")}
-
-
-@pytest.fixture(scope="module")
-def result(options: LayerStudyOptions, killed: dict[Path, int]) -> dict:
-    return layer_study.run(replace(options, jobs=1))
-
-
-def test_what_was_done_before_the_kill_is_kept(result: dict, killed: dict[Path, int]) -> None:
-    assert killed
-    assert {path: path.stat().st_mtime_ns for path in killed} == killed
+    before = finished_steps(run.out)
+    assert before and not (run.out / "result.json").exists()
+    again = layer_study.run(run)
+    assert finished_steps(run.out).items() >= before.items()
+    for one, other in zip(again["by_layer"], result["by_layer"], strict=True):
+        assert one["finetuned_loss"]["mean"] == pytest.approx(other["finetuned_loss"]["mean"], rel=1e-3)
+        assert one["random_loss"]["mean"] == pytest.approx(other["random_loss"]["mean"], rel=1e-3)
 
 
 def test_no_image_is_on_both_sides(result: dict, options: LayerStudyOptions) -> None:

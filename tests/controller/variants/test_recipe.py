@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from backbones import deep_insert, insert_layer_of
 from controller.options import FinetuneOptions
 from controller.variants.parts import encoders, projectors
 from controller.variants.recipe import (
+    accumulation,
     learning_rate,
     make_trainable,
     parameter_groups,
     projector_learning_rate,
+    reporters,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "backbones"))
@@ -79,6 +82,65 @@ def test_lora_trains_every_linear_of_the_text_model_and_the_projector(model, par
     main, projector = groups_of(trained, LORA)
     assert (main["lr"], projector["lr"]) == (2e-4, pytest.approx(2e-5))
     assert len(main["params"]) == 2 * len(linear)
+
+
+def test_the_projector_alone_is_the_first_stage(model, parts: tuple[str, str]) -> None:
+    options = replace(FULL, method="projector", learning_rate=None)
+    trained = make_trainable(copy.deepcopy(model), options)
+    names = {name for name, weight in trained.named_parameters() if weight.requires_grad}
+    assert names and all(name.startswith(f"{parts[1]}.") for name in names)
+    (group,) = groups_of(trained, options)
+    assert group["lr"] == 1e-3 and len(group["params"]) == len(names)
+    assert accumulation(options, 1) == 256 // options.batch_size
+
+
+def test_the_projector_has_a_rate_of_its_own_in_full_too(model, parts: tuple[str, str]) -> None:
+    options = replace(FULL, projector_learning_rate=5e-3)
+    trained = make_trainable(copy.deepcopy(model), options)
+    main, projector = groups_of(trained, options)
+    assert (main["lr"], projector["lr"]) == (1e-3, 5e-3)
+    names = {id(weight): name for name, weight in trained.named_parameters()}
+    assert all(names[id(weight)].startswith(f"{parts[1]}.") for weight in projector["params"])
+    assert not any(names[id(weight)].startswith(f"{parts[1]}.") for weight in main["params"])
+
+
+@pytest.mark.parametrize("options", [LORA, FULL], ids=["lora", "full"])
+def test_what_freeze_names_learns_nothing(model, parts: tuple[str, str], options: FinetuneOptions) -> None:
+    first = "model.language_model.layers.0"
+    trained = make_trainable(copy.deepcopy(model), replace(options, freeze=("projector", first, "vision")))
+    names = {
+        name.removeprefix("base_model.model.") for name, w in trained.named_parameters() if w.requires_grad
+    }
+    assert names and not any(name.startswith((f"{parts[1]}.", f"{first}.")) for name in names)
+    assert any(name.startswith("model.language_model.layers.1.") for name in names)
+
+
+def test_a_part_that_is_not_there_is_refused(model) -> None:
+    with pytest.raises(ValueError, match=r"--freeze tower: .*give vision, projector, language, embeddings"):
+        make_trainable(copy.deepcopy(model), replace(FULL, freeze=("tower",)))
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_trainable(copy.deepcopy(model), replace(FULL, method="projector", freeze=("projector",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "expected"),
+    [
+        ({}, 1, 4),
+        ({"batch_size": 4}, 4, 8),
+        ({"batch_size": 5}, 1, 26),
+        ({"global_batch_size": 96}, 1, 3),
+        ({"gradient_accumulation": 7}, 2, 7),
+    ],
+)
+def test_accumulation_makes_the_global_batch(changes: dict, processes: int, expected: int) -> None:
+    assert accumulation(replace(FULL, **changes), processes) == expected
+
+
+def test_a_global_batch_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--global-batch-size 100: give a multiple of 64 .*2 processes"):
+        accumulation(replace(FULL, global_batch_size=100), 2)
+    with pytest.raises(ValueError, match="--report-to nowhere: give one of none, "):
+        reporters("nowhere")
 
 
 def test_merging_gives_the_stock_model_back_with_what_lora_learnt(model) -> None:
