@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -258,61 +256,6 @@ def test_files_that_were_not_written_with_it_are_refused(real_folders: list[Path
     (folder / ".DS_Store").write_bytes(b"a file browser's")
     (folder / CARD).write_text("a card that evaluation has added to")
     check_whole(folder)
-
-
-PROCESSES = """
-import json, os, signal, sys
-from dataclasses import replace
-from pathlib import Path
-import torch
-from controller.options import FinetuneOptions
-from controller.variants import checkpoints, finetune
-torch.set_num_threads(1)
-data, out, kill = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "kill"
-if kill:  # right after the first process has declared the second checkpoint complete, or not yet
-    keep = checkpoints.keep_newest
-    def keep_and_die(folder):
-        keep(folder)
-        if (folder / "checkpoint-2" / "manifest.json").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-    checkpoints.keep_newest = keep_and_die
-finetune.run(FinetuneOptions(
-    out=out, data=data, insert_layer=3, fraction=0.12, steps=4, batch_size=2, global_batch_size=4, save_every=1,
-    lora_rank=4, learning_rate=1e-3, device="cpu",
-))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_continue_from_one_checkpoint(rendered_data: Path, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROCESSES)
-
-    def launch(out: Path, mode: str) -> int:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            "0",
-        ]
-        command += [str(program), str(rendered_data), str(out), mode]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
-        return subprocess.run(command, env=env, capture_output=True, timeout=600).returncode
-
-    assert launch(tmp_path / "whole", "") == 0
-    run = tmp_path / "run"
-    assert launch(run, "kill") != 0
-    newest = checkpoint_folders(run / finetune.TRAINING)[0]
-    newest = newest if (newest / MANIFEST).exists() else checkpoint_folders(run / finetune.TRAINING)[1]
-    manifest = check_whole(newest)
-    assert manifest["processes"] == 2 and manifest["step"] == 2
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
-    (newest / "rng_state_1.pth").write_bytes(b"spoilt")  # seen by the first, which reads it for the second
-    assert launch(run, "") == 0
-    assert outcome(run) == outcome(tmp_path / "whole")
 
 
 def test_a_run_killed_after_its_last_step_plays_none_again(
