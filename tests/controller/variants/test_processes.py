@@ -136,7 +136,7 @@ def test_a_process_may_have_a_batch_without_image(options: FinetuneOptions, tmp_
 def test_sharded_weights_learn_what_whole_ones_do(
     options: FinetuneOptions, tmp_path: Path, method: str
 ) -> None:
-    """FSDP2, each decoder layer wrapped by itself; a run that stops after its checkpoint continues."""
+    """FSDP2, each decoder layer wrapped by itself."""
     one = replace(options, method=method, out=tmp_path / "one")
     two = replace(one, batch_size=options.batch_size // 2, out=tmp_path / "two")
     finetune.run(one)

@@ -106,11 +106,12 @@ def test_qlora_merges_into_ordinary_weights(options: FinetuneOptions, tmp_path: 
 def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None:
     """20 steps of TRL's `SFTTrainer`, which computes the loss in a head of its own."""
     trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
     prompts = prompts_from(load_instructions(options.data), per="record")[:30]
     settings = dict(
         max_steps=20,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=1e-4,  # both compute the loss in float32; Adam amplifies what rounding leaves of zeros
         lr_scheduler_type="cosine",
         warmup_steps=2,
         logging_steps=1,
@@ -124,28 +125,35 @@ def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None
         data_seed=0,
         gradient_accumulation_steps=1,
     )
+    rows = PromptDataset(prompts)
     curves = {}
     for kind in ("ours", "trl"):
-        backbone = load_backbone("tiny", insert_layer=3, device="cpu")
-        shared = {"train_dataset": PromptDataset(prompts), "data_collator": collator(backbone)}
+        backbone = load_backbone("tiny", insert_layer=6, device="cpu")
+        collate = collator(backbone)
         folder = str(tmp_path / kind)
         if kind == "ours":
-            arguments = TrainingArguments(output_dir=folder, label_names=["labels"], **settings)
-            trainer = VariantTrainer(backbone.model, arguments, **shared)
-        else:
-            arguments = trl.SFTConfig(
-                output_dir=folder,
-                max_length=None,
-                gradient_checkpointing=False,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                **settings,
+            trainer = VariantTrainer(
+                backbone.model,
+                TrainingArguments(output_dir=folder, label_names=["labels"], **settings),
+                train_dataset=rows,
+                data_collator=collate,
             )
+        else:
             trainer = trl.SFTTrainer(
-                backbone.model, args=arguments, processing_class=backbone.processor, **shared
+                backbone.model,
+                args=trl.SFTConfig(
+                    output_dir=folder,
+                    max_length=None,
+                    activation_checkpointing=False,
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                    **settings,
+                ),
+                processing_class=backbone.processor,
+                train_dataset=datasets.Dataset.from_dict({"position": range(len(rows))}),
+                data_collator=lambda asked, make=collate: make([rows[row["position"]] for row in asked]),
             )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         curves[kind] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(curves["ours"]) == 20
-    # TRL shows four digits.
-    assert curves["trl"] == pytest.approx(curves["ours"], abs=1e-4)
+    assert curves["trl"] == pytest.approx(curves["ours"], abs=1e-5)
