@@ -149,9 +149,12 @@ class DepthSampler:
         labels = inputs["labels"]
         kept = (labels[:, 1:] != IGNORED) & torch.from_numpy(taught).to(labels.device)[:, None]
         asked = {name: value for name, value in inputs.items() if name != "labels"}
+        stock = trainer.accelerator.unwrap_model(model)
+        # A call of the wrapper is one that all processes must make: DDP's shares its buffers.
+        called = model if is_sharded(trainer) else stock
         model.eval()  # the teacher answers without dropout
-        with torch.no_grad(), insert_at(trainer.accelerator.unwrap_model(model), 0):
-            teacher = model(**asked).logits[:, :-1][kept]
+        with torch.no_grad(), insert_at(stock, 0):
+            teacher = called(**asked).logits[:, :-1][kept]
         model.train()
         student = outputs.logits[:, :-1][kept]
         teacher_log, student_log = (logits.float().log_softmax(dim=-1) for logits in (teacher, student))

@@ -132,6 +132,24 @@ def test_a_process_may_have_a_batch_without_image(options: FinetuneOptions, tmp_
 
 
 @pytest.mark.slow
+def test_two_processes_draw_the_layers_that_one_does(options: FinetuneOptions, tmp_path: Path) -> None:
+    one = replace(options, insert_layer="random", distillation=0.5, method="full", out=tmp_path / "one")
+    two = replace(one, batch_size=options.batch_size // 2, out=tmp_path / "two")
+    finetune.run(one)
+    on_two(two, tmp_path)
+    assert_learnt_alike(one.out, two.out)
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_at_one_layer_a_step(options: FinetuneOptions, tmp_path: Path) -> None:
+    """Processes that disagreed about the layers to run would wait for each other for ever."""
+    run = replace(options, insert_layer="random", distillation=0.5, method="full", out=tmp_path / "run")
+    on_two(replace(run, batch_size=options.batch_size // 2), tmp_path, sharded=True)
+    assert len(read_log(run.out)) == 5
+    assert json.loads((run.out / "result.json").read_text())["trained_layers"] == list(range(8))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_sharded_weights_learn_what_whole_ones_do(
     options: FinetuneOptions, tmp_path: Path, method: str
