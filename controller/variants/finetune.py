@@ -140,10 +140,11 @@ def make_trainer(backbone: Backbone, prompts: Sequence[Prompt], options: Finetun
     identity = {"backbone": backbone.fingerprint, "data": digest(prompts)}
     identity |= depths.identity if depths else {}
     record_depths(backbone, depths)
+    idle = backbone.insert_layer == backbone.num_layers or not all(prompt.images for prompt in prompts)
     set_seed(options.seed)  # whatever was drawn so far, the adapter's first weights depend on the seed alone
     trainer = VariantTrainer(
         model=make_trainable(backbone.model, options),
-        args=training_arguments(options, Path(options.out) / TRAINING, training_device(options)),
+        args=training_arguments(options, Path(options.out) / TRAINING, training_device(options), idle),
         train_dataset=PromptDataset(prompts),
         data_collator=collator(backbone, placed=depths is not None),
         projector_learning_rate=projector_learning_rate(options),

@@ -198,9 +198,12 @@ def meaning(facts: Facts) -> str:
 
 def recipe_rows(options: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Each option that shapes the result, with what its default came to where the run found that out."""
+    idle = () if options["method"].endswith("lora") else ("lora_rank", "lora_dropout")
+    if options["insert_layer"] != "random":
+        idle = (*idle, "insert_layers", "layer_distribution", "distillation")
     rows = []
     for name, value in options.items():
-        if name in UNTOLD or name.startswith(UNTOLD_PREFIXES):
+        if name in (*UNTOLD, *idle) or name.startswith(UNTOLD_PREFIXES):
             continue
         value = result.get(name, value) if value is None else value
         value = value.name if isinstance(value, Path) else value

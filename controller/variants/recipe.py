@@ -135,8 +135,13 @@ def accumulation(options: FinetuneOptions, processes: int) -> int:
     return wanted // together
 
 
-def training_arguments(options: FinetuneOptions, folder: Path, device: torch.device) -> TrainingArguments:
-    """LLaVA-1.5's schedule: cosine with a warm-up of 3 %, no weight decay, bf16 on a GPU."""
+def training_arguments(
+    options: FinetuneOptions, folder: Path, device: torch.device, idle_projector: bool = True
+) -> TrainingArguments:
+    """LLaVA-1.5's schedule: cosine with a warm-up of 3 %, no weight decay, bf16 on a GPU.
+
+    `idle_projector` says whether a batch may leave the projector out, on one process and not on another.
+    """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     arguments = TrainingArguments(
@@ -164,8 +169,7 @@ def training_arguments(options: FinetuneOptions, folder: Path, device: torch.dev
         dataloader_num_workers=0,
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        # A batch without images leaves the projector out, on one process and not on another.
-        ddp_find_unused_parameters=True,
+        ddp_find_unused_parameters=idle_projector,
     )
     # One process drives one device; DataParallel over every GPU in sight would split the batch silently.
     if device.type == "cuda":
