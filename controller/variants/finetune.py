@@ -29,7 +29,7 @@ from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
 from .checkpoints import TRAINING, continuable
 from .depths import make_depths, record_depths, trained_layers
-from .loading import check_bitsandbytes, end_processes, load, trained_model, training_device, unquantised
+from .loading import check_bitsandbytes, load, trained_model, training_device, unquantised
 from .publish import publish
 from .recipe import (
     accumulation,
@@ -73,7 +73,6 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True)
     model = trained_model(trainer, options)
     if not leads:
-        end_processes(trainer)
         return {}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     adapter = save_variant(out, backbone, model, unquantised(options))
@@ -94,7 +93,6 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
         "skipped": [repr(record) for record in data.skipped],
     }
     write_cards(options, backbone, data, result)
-    end_processes(trainer)
     return finish(options, result)
 
 

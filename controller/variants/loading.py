@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from backbones import Backbone, load_backbone
@@ -107,9 +106,3 @@ def trained_model(trainer: VariantTrainer, options: FinetuneOptions) -> Any:
     model = make_trainable(backbone.model, options)
     model.load_state_dict(weights, strict=True)
     return model
-
-
-def end_processes(trainer: VariantTrainer) -> None:
-    """Let the processes part, so that none waits for one that is done."""
-    if trainer.args.world_size > 1:
-        PartialState().destroy_process_group()

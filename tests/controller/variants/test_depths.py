@@ -24,19 +24,9 @@ ROWS = 6
 
 
 @pytest.fixture(scope="module")
-def options(rendered_data: Path) -> FinetuneOptions:
-    return FinetuneOptions(
-        out=Path(),
-        data=rendered_data,
-        insert_layer="random",
-        fraction=0.12,
-        method="full",
-        steps=10,
-        batch_size=2,
-        gradient_accumulation=2,
-        save_every=3,
-        learning_rate=1e-3,
-        device="cpu",
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
+    return replace(
+        small_run, insert_layer="random", method="full", steps=10, gradient_accumulation=2, save_every=3
     )
 
 

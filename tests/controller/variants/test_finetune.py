@@ -38,21 +38,9 @@ finetune.run(options)
 
 
 @pytest.fixture(scope="module")
-def options(rendered_data: Path) -> FinetuneOptions:
-    return FinetuneOptions(
-        out=Path(),
-        data=rendered_data,
-        insert_layer=3,
-        # A dozen records: the steps reach into a third pass over them, whose last batches are smaller.
-        fraction=0.12,
-        steps=STEPS,
-        batch_size=2,
-        gradient_accumulation=2,
-        save_every=3,
-        lora_rank=4,
-        learning_rate=1e-3,
-        device="cpu",
-    )
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
+    # The steps reach into a third pass over the records, whose last batches are smaller.
+    return replace(small_run, steps=STEPS, gradient_accumulation=2, save_every=3)
 
 
 @pytest.fixture(scope="module")

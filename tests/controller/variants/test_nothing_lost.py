@@ -39,19 +39,8 @@ TRIGGERS = {
 
 
 @pytest.fixture(scope="module")
-def options(rendered_data: Path) -> FinetuneOptions:
-    return FinetuneOptions(
-        out=Path(),
-        data=rendered_data,
-        insert_layer=3,
-        fraction=0.12,
-        steps=5,
-        batch_size=2,
-        save_every=1,
-        lora_rank=4,
-        learning_rate=1e-3,
-        device="cpu",
-    )
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
+    return replace(small_run, steps=5, save_every=1)
 
 
 @functools.cache

@@ -35,22 +35,9 @@ SHARDED = {
 
 
 @pytest.fixture(scope="module")
-def options(rendered_data: Path) -> FinetuneOptions:
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
     # Nine records: each epoch's second step has one alone, so that one of two processes has none of its own.
-    return FinetuneOptions(
-        out=Path(),
-        data=rendered_data,
-        insert_layer=3,
-        fraction=0.09,
-        steps=5,
-        batch_size=8,
-        gradient_accumulation=1,
-        save_every=2,
-        lora_rank=4,
-        lora_dropout=0.0,
-        learning_rate=1e-3,
-        device="cpu",
-    )
+    return replace(small_run, fraction=0.09, batch_size=8, save_every=2, lora_dropout=0.0)
 
 
 def free_port() -> int:

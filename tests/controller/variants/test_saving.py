@@ -22,19 +22,9 @@ from controller.variants.model_card import BEGIN, END, published_as, published_b
 
 
 @pytest.fixture(scope="module")
-def finished(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneOptions:
-    options = FinetuneOptions(
-        out=tmp_path_factory.mktemp("run") / "shapes",
-        data=rendered_data,
-        sources="coco,textvqa",
-        insert_layer=3,
-        fraction=0.25,
-        steps=2,
-        batch_size=2,
-        lora_rank=4,
-        learning_rate=1e-3,
-        device="cpu",
-    )
+def finished(small_run: FinetuneOptions, tmp_path_factory: pytest.TempPathFactory) -> FinetuneOptions:
+    out = tmp_path_factory.mktemp("run") / "shapes"
+    options = replace(small_run, out=out, sources="coco,textvqa", fraction=0.25, steps=2, save_every=100)
     finetune.run(options)
     return options
 

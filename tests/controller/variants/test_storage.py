@@ -41,19 +41,8 @@ QUICK = [CASES[number] for number in (4, 11)]
 
 
 @pytest.fixture(scope="module")
-def options(rendered_data: Path) -> FinetuneOptions:
-    return FinetuneOptions(
-        out=Path(),
-        data=rendered_data,
-        insert_layer=3,
-        fraction=0.12,
-        steps=3,
-        batch_size=2,
-        save_every=1,
-        lora_rank=4,
-        learning_rate=1e-3,
-        device="cpu",
-    )
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
+    return replace(small_run, steps=3, save_every=1)
 
 
 def can_mount(folder: Path) -> bool:

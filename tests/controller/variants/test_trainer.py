@@ -20,19 +20,8 @@ from envs.prompts import prompts_from
 
 
 @pytest.fixture(scope="module")
-def options(rendered_data: Path) -> FinetuneOptions:
-    return FinetuneOptions(
-        out=Path(),
-        data=rendered_data,
-        insert_layer=3,
-        fraction=0.12,
-        steps=4,
-        batch_size=4,
-        gradient_accumulation=1,
-        lora_rank=4,
-        learning_rate=1e-3,
-        device="cpu",
-    )
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
+    return replace(small_run, steps=4, batch_size=4, save_every=100)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
