@@ -6,10 +6,8 @@ Every step writes the run folder of its command; a demo that is started again ke
 from __future__ import annotations
 
 import hashlib
-import importlib
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from .options import (
     TrainPolicyOptions,
 )
 from .runs import describe_machine, machine, read_result, same_run, start_run, write_json, write_result
+from .studies.jobs import run_of
 from .variants.report import columns
 
 STEPS = ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate")
@@ -146,8 +145,7 @@ class Demo:
             if (self.out / later / "result.json").is_file():
                 self.remove(later)  # made of what this step is about to replace
         started = time.perf_counter()
-        command = command_module(options)
-        result = command(options)
+        result = run_of(options)(options)
         self.seconds[name] = time.perf_counter() - started
         return result
 
@@ -207,14 +205,6 @@ class Demo:
             timing_repeats=self.size.timing_repeats,
             seed=self.options.seed,
         )
-
-
-def command_module(options: Any) -> Callable[[Any], dict[str, Any]]:
-    """The `run` of the command that these options belong to."""
-    from .cli import COMMANDS
-
-    module = next(command.module for command in COMMANDS.values() if command.options is type(options))
-    return importlib.import_module(f".{module}", __package__).run
 
 
 def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> str:
