@@ -7,9 +7,12 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -20,6 +23,7 @@ from backbones import Backbone
 from controller.options import FinetuneOptions
 from controller.variants import finetune
 from controller.variants.batches import PromptDataset, PromptOrder, collator
+from controller.variants.manifest import MANIFEST
 from envs.instructions import load_instructions
 from envs.prompts import prompts_from
 
@@ -46,21 +50,39 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def on_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> None:
-    """Finetune in two processes that talk over gloo."""
+def start_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> subprocess.Popen[str]:
+    """Start finetuning in two processes that talk over gloo."""
     pickled = folder / "options"
     pickled.write_bytes(pickle.dumps(options))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), str(Path(__file__).parent / "training_child.py")]
-    done = subprocess.run(
+    return subprocess.Popen(
         [*command, "sharded" if sharded else "copied", str(pickled)],
         cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **(SHARDED if sharded else {})},
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def on_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> None:
+    """Finetune in two processes to the end."""
+    started = start_two(options, folder, sharded)
+    try:
+        _, errors = started.communicate(timeout=600)
+    finally:
+        end(started)
+    assert started.returncode == 0, errors[-4000:]
+
+
+def end(started: subprocess.Popen[str]) -> None:
+    """Kill whatever still runs of it; torchrun's processes have sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(started.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
+    started.wait()
 
 
 def read_log(out: Path) -> torch.Tensor:
@@ -150,6 +172,28 @@ def test_sharded_weights_learn_what_whole_ones_do(
     first, second = (load_file(run.out / "checkpoint" / "model.safetensors") for run in (one, two))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=2e-3, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["copied", "sharded"])
+def test_killed_processes_end_with_the_same_weights(
+    options: FinetuneOptions, tmp_path: Path, sharded: bool, method: str
+) -> None:
+    whole = replace(options, method=method, batch_size=4, lora_dropout=0.05, out=tmp_path / "whole")
+    on_two(whole, tmp_path, sharded)
+    run = replace(whole, out=tmp_path / "run")
+    first = run.out / finetune.TRAINING / "checkpoint-2" / MANIFEST
+    started = start_two(run, tmp_path, sharded)
+    while not first.is_file():
+        assert started.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.01)
+    end(started)
+    assert not (run.out / "checkpoint").exists()
+    on_two(run, tmp_path, sharded)
+    assert torch.equal(read_log(whole.out), read_log(run.out)) and len(read_log(run.out)) == 5
+    ends = [load_file(out / "checkpoint" / "model.safetensors") for out in (whole.out, run.out)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_rows_that_fill_a_batch_up_carry_no_loss(tiny_backbone: Backbone, rendered_data: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +25,21 @@ def options(small_run: FinetuneOptions) -> FinetuneOptions:
     return replace(small_run, steps=4, batch_size=4, save_every=100)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "lora"},
+        {"method": "full"},
+        {"method": "full", "insert_layer": "random", "distillation": 0.5},
+    ],
+    ids=["lora", "full", "random"],
+)
 def test_gradient_checkpointing_changes_no_loss(
-    options: FinetuneOptions, tmp_path: Path, method: str
+    options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    plain = finetune.run(replace(options, method=method, out=tmp_path / "plain"))
-    again = finetune.run(
-        replace(options, method=method, gradient_checkpointing=True, out=tmp_path / "checkpointed")
-    )
+    run = replace(options, **changes)
+    plain = finetune.run(replace(run, out=tmp_path / "plain"))
+    again = finetune.run(replace(run, gradient_checkpointing=True, out=tmp_path / "checkpointed"))
     assert len(plain["train_loss_curve"]) == 4
     assert again["train_loss_curve"] == pytest.approx(plain["train_loss_curve"], abs=1e-5)
 
