@@ -40,7 +40,12 @@ def benchmark(name: str, **settings: str | None) -> Benchmark:
             raise ValueError(f"--{key} {value}: {name} has {own}; leave it out")
     if not given:
         return found
-    return replace(found, score=partial(found.score, **given), settings={**found.settings, **given})
+    return replace(
+        found,
+        score=partial(found.score, **given),
+        brief=found.brief and partial(found.brief, **given),
+        settings={**found.settings, **given},
+    )
 
 
 def askable(name: str, **settings: str | None) -> Benchmark:

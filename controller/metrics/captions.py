@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,27 +117,24 @@ def tokens_of(tokenizer: str) -> Callable[[str], list[str]]:
 
 
 def score_coco(
-    answers: Sequence[str], examples: Sequence[Example], metrics: str = "bleu,rouge,meteor,cider"
+    answers: Sequence[str],
+    examples: Sequence[Example],
+    metrics: str = "bleu,rouge,meteor,cider",
+    details: bool = True,
 ) -> Score:
     """CIDEr (headline), BLEU-1 to -4, ROUGE-L, METEOR and, where asked for, SPICE over PTB tokens, times 100.
 
     As in COCO's caption evaluation (pycocoevalcap), which needs Java; SPICE downloads CoreNLP at first.
+    Without `details` the first of these that was asked for is all.
     """
     names = chosen(metrics, ("bleu", "rouge", "meteor", "cider", "spice"))
-    if shutil.which("java") is None:
-        raise ValueError(
-            "COCO's captions are divided by Stanford's PTBTokenizer, which needs Java; install a runtime "
-            '(such as the package default-jre-headless), or score them as "captions"'
-        )
-    truth = {example.prompt.id: [{"caption": text} for text in example.references] for example in examples}
-    said = {example.prompt.id: [{"caption": text}] for example, text in zip(examples, answers, strict=True)}
-    divide = library("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer().tokenize
-    try:
-        truth, said = divide(truth), divide(said)
-    except OSError as error:
-        raise ValueError(
-            f"pycocoevalcap cannot write beside itself ({error}); install it where you may"
-        ) from error
+    tokens = ptb_tokens([*answers, *(text for example in examples for text in example.references)])
+    ids = [example.prompt.id for example in examples]
+    said = {name: [tokens[text]] for name, text in zip(ids, answers, strict=True)}
+    truth = {
+        name: [tokens[text] for text in example.references]
+        for name, example in zip(ids, examples, strict=True)
+    }
     rooms = {
         "cider": ("cider.cider", "Cider", ["CIDEr"]),
         "bleu": ("bleu.bleu", "Bleu", ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"]),
@@ -144,27 +142,55 @@ def score_coco(
         "meteor": ("meteor.meteor", "Meteor", ["METEOR"]),
         "spice": ("spice.spice", "Spice", ["SPICE"]),
     }
-    details: dict[str, float] = {}
-    for name in (name for name in rooms if name in names):
+    found: dict[str, float] = {}
+    for name in [name for name in rooms if name in names][: None if details else 1]:
         module, kind, labels = rooms[name]
-        found, _ = getattr(library(f"pycocoevalcap.{module}"), kind)().compute_score(truth, said)
-        details.update(zip(labels, (100 * float(value) for value in np.ravel(found)), strict=True))
-    unit = next(iter(details))
-    return Score(details[unit], unit, None, details)
+        values, _ = getattr(library(f"pycocoevalcap.{module}"), kind)().compute_score(truth, said)
+        found.update(zip(labels, (100 * float(value) for value in np.ravel(values)), strict=True))
+    unit = next(iter(found))
+    return Score(found[unit], unit, None, found)
 
 
-def score_own(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """BLEU-4 (headline) and BLEU-2 by sacrebleu with its tokenizer 13a, ROUGE-1, -2 and -L; in percent."""
+PTB_TOKENS: dict[str, str] = {}
+"""Texts as they were divided, since Java takes a second to start and a bootstrap scores them often."""
+
+
+def ptb_tokens(texts: Sequence[str]) -> dict[str, str]:
+    """Each text as Stanford's PTBTokenizer divides it, with spaces between tokens. Raises `ValueError` where
+    it cannot run."""
+    new = [text for text in dict.fromkeys(texts) if text not in PTB_TOKENS]
+    if not new:
+        return PTB_TOKENS
+    if shutil.which("java") is None:
+        raise ValueError(
+            "COCO's captions are divided by Stanford's PTBTokenizer, which needs Java; install a runtime "
+            '(such as the package default-jre-headless), or score them as "captions"'
+        )
+    divide = library("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer().tokenize
+    try:
+        divided = divide({place: [{"caption": text}] for place, text in enumerate(new)})
+    except OSError as error:
+        raise ValueError(
+            f"pycocoevalcap cannot write beside itself ({error}); install it where you may"
+        ) from error
+    PTB_TOKENS.update((text, divided[place][0]) for place, text in enumerate(new))
+    return PTB_TOKENS
+
+
+def score_own(answers: Sequence[str], examples: Sequence[Example], details: bool = True) -> Score:
+    """BLEU-4 (headline), and in the details BLEU-2, by sacrebleu with its tokenizer 13a, and ROUGE-1, -2 and
+    -L; in percent."""
     metrics = library("sacrebleu.metrics")
     references = [[example.references[0] for example in examples]]
-    details = {
+    found = {
         f"BLEU-{order}": float(
             metrics.BLEU(max_ngram_order=order).corpus_score(list(answers), references).score
         )
-        for order in (4, 2)
+        for order in ((4, 2) if details else (4,))
     }
-    details.update(rouge(answers, examples))
-    return Score(details["BLEU-4"], "BLEU-4", None, details)
+    if details:
+        found.update(rouge(answers, examples))
+    return Score(found["BLEU-4"], "BLEU-4", None, found)
 
 
 BENCHMARKS = (
@@ -174,6 +200,7 @@ BENCHMARKS = (
         read_coco,
         score_coco,
         {"metrics": "bleu,rouge,meteor,cider"},
+        brief=partial(score_coco, details=False),
     ),
     Benchmark(
         "chebi20",
@@ -183,5 +210,7 @@ BENCHMARKS = (
         {"tokenizer": "", "metrics": "bleu,rouge,meteor"},
         askable=False,
     ),
-    Benchmark("captions", "sacrebleu, rouge-score", read_own, score_own),
+    Benchmark(
+        "captions", "sacrebleu, rouge-score", read_own, score_own, brief=partial(score_own, details=False)
+    ),
 )

@@ -58,6 +58,12 @@ class Benchmark:
     """Choices that the numbers depend on, such as the embedder; they belong beside the score."""
     askable: bool = True
     """Whether the commands can put its questions to a model; else answers made elsewhere are scored."""
+    brief: Callable[..., Score] | None = None
+    """The same score without its details, where those take long."""
+
+    def headline(self, answers: Sequence[str], examples: Sequence[Example]) -> float:
+        """The score's headline, for which no details are worked out where they can be left."""
+        return float((self.brief or self.score)(answers, examples).headline)
 
 
 def mean_score(

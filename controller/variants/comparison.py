@@ -223,7 +223,7 @@ class Comparison:
         for row in drawn.tolist():
             chosen.append(self.copy(row, copies[row]))
             copies[row] += 1
-        return self.benchmark.score([answers[row] for row in drawn], chosen).headline
+        return self.benchmark.headline([answers[row] for row in drawn], chosen)
 
     def copy(self, row: int, number: int) -> Example:
         """An example drawn once more: to a rule that puts questions together, one about another image."""

@@ -97,6 +97,8 @@ def test_captions_of_ones_own(rendered_data):
     found = rule.score([e.references[0] for e in examples], examples)
     assert found.unit == "BLEU-4" and found.details["BLEU-2"] == pytest.approx(100)
     assert found.details["ROUGE-L"] == pytest.approx(100)
+    said = [e.references[0][::-1] if place % 2 else e.references[0] for place, e in enumerate(examples)]
+    assert rule.headline(said, examples) == rule.score(said, examples).headline < 100
 
 
 def write_coco(folder):
@@ -140,3 +142,19 @@ def test_coco_captions(tmp_path):
     assert right.unit == "CIDEr" and right.details["BLEU-4"] == pytest.approx(100, abs=1e-3)
     assert right.details["METEOR"] == pytest.approx(100, abs=1e-3) and right.headline > 100
     assert wrong.headline < 5 and wrong.details["METEOR"] < 40
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+def test_captions_that_were_divided_need_no_java_again(tmp_path, monkeypatch):
+    """Bootstrap draws score the same texts hundreds of times."""
+    pytest.importorskip("pycocoevalcap")
+    rule = benchmark("coco-captions", metrics="cider,bleu")
+    examples = rule.read(write_coco(tmp_path), None)
+    said = ["a man rides a horse", "A red bus in the city"]
+    whole = rule.score(said, examples)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert rule.headline(said, examples) == whole.headline > 100
+    assert rule.headline(said[::-1], examples[::-1]) == pytest.approx(whole.headline)  # of the drawn alone
+    assert rule.headline(said[:1], examples[:1]) != whole.headline
+    with pytest.raises(ValueError, match="needs Java"):
+        rule.headline(["a horse", said[1]], examples)
