@@ -35,6 +35,14 @@ except ImportError as error:
     raise ImportError(f"lmms-eval 0.7 or later is needed: pip install lmms-eval ({error})") from error
 
 
+class Judged(tuple[float, bool]):
+    """A loss, and whether greedy decoding gives the answer."""
+
+    def strip(self) -> str:
+        """Nothing: lmms-eval's cache asks every response for its text, and keeps those that have one."""
+        return ""
+
+
 class DeepInsertSimple(lmms):
     """Questions as a text and its images; also compares the losses of given answers."""
 
@@ -152,7 +160,7 @@ class DeepInsertSimple(lmms):
             wrong = (logits[:, :-1].argmax(dim=-1) != labels[:, 1:]) & (labels[:, 1:] != IGNORED)
             for row, loss, misses in zip(rows, losses, wrong.any(dim=1).tolist(), strict=True):
                 # lmms-eval turns bare tuples into strings; what a GenerationResult holds it takes as it is.
-                scores[row] = GenerationResult((loss, not misses))
+                scores[row] = GenerationResult(Judged((loss, not misses)))
         return scores
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ LONGEST = 1024
 PASSED = ("num_beams", "top_k", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 """Arguments of a task that reach `generate` as they are."""
 SAMPLING = ("temperature", "top_p", "top_k")
+BLANK_LINE = "\n\n"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}
 
 
@@ -36,6 +37,9 @@ class Wish:
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> Wish:
         """The wish in a task's `generation_kwargs`: greedy unless its temperature is above 0.
+
+        lmms-eval itself gives a blank line as `until` to tasks that say none, and its own models pass over
+        it: a chain of thought has paragraphs.
 
         Raises `ValueError` for an `until` that is neither a string nor a list of strings.
         """
@@ -57,7 +61,11 @@ class Wish:
             "max_new_tokens": LONGEST if longest is None else int(longest),
         }
         known = {"until", "do_sample", "max_new_tokens", *PASSED, *SAMPLING}
-        return cls(arguments, tuple(stop for stop in until if stop), tuple(sorted(said.keys() - known)))
+        return cls(
+            arguments,
+            tuple(stop for stop in until if stop not in ("", BLANK_LINE)),
+            tuple(sorted(said.keys() - known)),
+        )
 
     def cut(self, text: str) -> str:
         """`text` up to the first of the strings that end an answer."""

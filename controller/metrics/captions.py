@@ -156,8 +156,11 @@ PTB_TOKENS: dict[str, str] = {}
 
 
 def ptb_tokens(texts: Sequence[str]) -> dict[str, str]:
-    """Each text as Stanford's PTBTokenizer divides it, with spaces between tokens. Raises `ValueError` where
-    it cannot run."""
+    """Each text as Stanford's PTBTokenizer divides it, with spaces between tokens.
+
+    It takes a text a line, and sees new lines in characters that pycocoevalcap lets pass: they become
+    spaces. Raises `ValueError` where it cannot run.
+    """
     new = [text for text in dict.fromkeys(texts) if text not in PTB_TOKENS]
     if not new:
         return PTB_TOKENS
@@ -168,7 +171,7 @@ def ptb_tokens(texts: Sequence[str]) -> dict[str, str]:
         )
     divide = library("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer().tokenize
     try:
-        divided = divide({place: [{"caption": text}] for place, text in enumerate(new)})
+        divided = divide({place: [{"caption": " ".join(text.split())}] for place, text in enumerate(new)})
     except OSError as error:
         raise ValueError(
             f"pycocoevalcap cannot write beside itself ({error}); install it where you may"

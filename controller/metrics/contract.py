@@ -58,6 +58,8 @@ class Benchmark:
     """Choices that the numbers depend on, such as the embedder; they belong beside the score."""
     askable: bool = True
     """Whether the commands can put its questions to a model; else answers made elsewhere are scored."""
+    passed_over: Callable[[Any], bool] | None = None
+    """Whether a record (`formats.records.Row`) of answers is about a question that does not count."""
     brief: Callable[..., Score] | None = None
     """The same score without its details, where those take long."""
 

@@ -11,8 +11,11 @@ import unicodedata
 COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBER_WORDS = {word: str(value) for value, word in enumerate(COUNTED)}
 ARTICLES = {"a", "an", "the"}
-# A point or comma between digits belongs to a number; an apostrophe or hyphen between letters to a word.
-PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<!\w)['’-]|['’-](?!\w)|[^\w\s.,'’-]")
+# A point or comma within or a sign before digits belongs to a number; an apostrophe or hyphen between letters
+# to a word.
+PUNCTUATION = re.compile(
+    r"(?<!\d),|[.,](?!\d)|(?<=[^\W\d])\.|(?<!\w)['’]|(?<!\w)-(?!\.?\d)|['’-](?![\w.])|[^\w\s.,'’-]"
+)
 
 
 def normalise(answer: str) -> str:
@@ -23,9 +26,14 @@ def normalise(answer: str) -> str:
     keeps them, so that the option letter `"A"` is not lost.
     """
     text = " ".join(unicodedata.normalize("NFKC", answer).lower().replace("_", " ").split())
-    words = PUNCTUATION.sub(" ", text).split()
+    words = PUNCTUATION.sub(_mark_or_space, text).split()
     kept = [NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES]
     return " ".join(kept or words) or text
+
+
+def _mark_or_space(found: re.Match[str]) -> str:
+    """A mark that belongs to the letter before it, as vowels do in Hindi, stays; punctuation is a space."""
+    return found[0] if unicodedata.category(found[0]).startswith("M") else " "
 
 
 def exact_match(prediction: str, reference: str) -> bool:

@@ -16,7 +16,7 @@ from .contract import Benchmark, Example, Score, mean_score
 from .formats.ai2d import read_ai2d
 from .formats.mmbench import read_mmbench
 from .formats.mmmu import read_mmmu
-from .formats.scienceqa import read_scienceqa
+from .formats.scienceqa import read_scienceqa, without_image
 from .open_answers import open_answer_is_right
 
 
@@ -139,6 +139,7 @@ BENCHMARKS = (
         "github.com/haotian-liu/LLaVA: llava/eval/eval_science_qa.py (questions with an image)",
         read_scienceqa,
         score_scienceqa,
+        passed_over=without_image,
     ),
     Benchmark("ai2d", "github.com/EvolvingLMMs-Lab/lmms-eval: tasks/ai2d", read_ai2d, score_ai2d),
     Benchmark(

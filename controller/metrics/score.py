@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def run(options: ScoreOptions) -> dict[str, Any]:
         print(table(result))
         return result
     examples = entry.read(options.data, options.image_root)
-    answers = read_answers(options.answers, examples)
+    answers = read_answers(options.answers, examples, entry.passed_over)
     found = entry.score(answers, examples)
     write_scores(out / "scores.jsonl", answers, examples, found)
     result = {
@@ -57,12 +57,15 @@ def run(options: ScoreOptions) -> dict[str, Any]:
     return result
 
 
-def read_answers(path: Path, examples: Sequence[Example]) -> list[str]:
+def read_answers(
+    path: Path, examples: Sequence[Example], passed_over: Callable[[Row], bool] | None = None
+) -> list[str]:
     """One answer for each example, in their order, from a file of records with an id and a text.
 
     LLaVA's answers to TextVQA and MME have the image's name as their id; their prompt tells questions apart.
-    Its answers to MMBench say the rotation as "round_id". A clip may be named by its path. Raises
-    `DatasetError` that names ids without an answer, ids with two and ids of no question.
+    Its answers to MMBench say the rotation as "round_id". A clip may be named by its path. `passed_over` says
+    which records answer what the benchmark does not count. Raises `DatasetError` that names ids without an
+    answer, ids with two and ids of no question.
     """
     places = {example.prompt.id: place for place, example in enumerate(examples)}
     asked = {
@@ -72,6 +75,8 @@ def read_answers(path: Path, examples: Sequence[Example]) -> list[str]:
     }
     found: dict[int, tuple[str, Row]] = {}
     for row in read_jsonl(path):
+        if passed_over is not None and passed_over(row):
+            continue
         place = _place(row, places, asked)
         if place in found:
             name = examples[place].prompt.id
@@ -99,19 +104,27 @@ def _place(row: Row, places: dict[str, int], asked: dict[tuple[str, str], int]) 
     for key in keys:
         if key in places:
             return places[key]
-    if row.has("prompt") and (name, bare_question(row.text("prompt"))) in asked:
-        return asked[name, bare_question(row.text("prompt"))]
-    row.fault(field, f"the data has no question {name!r}; are they the answers to it?")
+    if row.has("prompt"):
+        question = bare_question(row.text("prompt"))
+        for image in (name, f"{name.partition('/')[0]}/{Path(name).stem}"):  # MME's are CATEGORY/.../NAME.jpg
+            if (image, question) in asked:
+                return asked[image, question]
+    row.fault(
+        field,
+        f"the data has no question {name!r} (its first is {next(iter(places))!r}); are they the "
+        "answers to it?",
+    )
 
 
 def _said(row: Row) -> str:
-    field = next((field for field in TEXTS if field in row.values), None)
-    if field is None:
+    fields = [field for field in TEXTS if field in row.values]
+    if not fields:
         row.fault("prediction", f"no answer; give one of {', '.join(TEXTS)}")
+    field = fields[0]
+    if field != TEXTS[0] and len({str(row.values[each]) for each in fields}) > 1:
+        row.fault(field, f"it could be the answer, and so could {fields[1]!r}; call the model's {TEXTS[0]!r}")
     value = row.values[field]
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        row.fault(field, "text is expected")
-    return str(value)
+    return value if isinstance(value, str) and not value.strip() else row.text(field)
 
 
 def write_scores(path: Path, answers: Sequence[str], examples: Sequence[Example], found: Score) -> None:

@@ -18,8 +18,8 @@ from .judged import variant_names
 from .pictures import figure1, layer_of
 
 INSTRUCTIONS = "instructions"
-NOT_AVERAGED = {"perception score"}
-"""Units that are no percentage, here MME's: the paper's averages leave them out too."""
+NOT_AVERAGED = {"perception score", "CIDEr"}
+"""Units that are no percentage, MME's and COCO's: the paper's averages leave MME's out too."""
 COSTS = ("prefill_ms", "time_ratio", "decode_time_ratio", "flops_ratio", "kv_cache_ratio")
 Result = Mapping[str, Any]
 

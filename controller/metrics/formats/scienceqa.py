@@ -36,6 +36,11 @@ def read_scienceqa(data: Path, image_root: Path | None) -> list[Example]:
     return examples
 
 
+def without_image(answer: Row) -> bool:
+    """Whether LLaVA was asked this question without an image: its file of answers holds those too."""
+    return answer.has("prompt") and "<image>" not in answer.text("prompt")
+
+
 def _problem(problems: Row, name: str) -> Row:
     if name not in problems.values:
         raise DatasetError(f"{problems.where}: no problem {name!r}; do both files belong together?")

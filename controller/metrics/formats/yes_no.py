@@ -108,7 +108,8 @@ def _mme(path: Path, category: str, root: Path) -> list[Example]:
         name = f"{category}/{Path(picture).name}"
         images = (ImageRef(root, picture, where),)
         prompt = ask(f"{name}#{number}", category, f"{bare}\n{SHORT_ANSWER}", images, answer, name)
-        examples.append(Example(prompt, (answer,), {"asked_as": (name, bare.lower())}))
+        asked = (f"{category}/{path.stem}", bare.lower())
+        examples.append(Example(prompt, (answer,), {"asked_as": asked}))
     return examples
 
 

@@ -30,9 +30,10 @@ def test_answers_are_greedy_unless_a_temperature_says_else() -> None:
 
 def test_an_answer_ends_before_the_first_stop_string() -> None:
     wish = Wish.read({"until": ["\n\n", "ASSISTANT", ""], "image_aspect_ratio": "original"})
-    assert wish.until == ("\n\n", "ASSISTANT") and wish.ignored == ("image_aspect_ratio",)
+    assert wish.until == ("ASSISTANT",) and wish.ignored == ("image_aspect_ratio",)
     assert wish.cut(" red ASSISTANT: blue\n\ngreen") == "red"
-    assert wish.cut("\n\nred") == "" and wish.cut(" red ") == "red"
+    assert wish.cut("\n\nStep 1\n\nStep 2") == "Step 1\n\nStep 2" and wish.cut(" red ") == "red"
+    assert Wish.read({"until": "\n"}).cut("red\nblue") == "red"
     assert Wish.read({"until": "."}).cut("red. blue") == "red"
     with pytest.raises(ValueError, match=r"until \[3\]"):
         Wish.read({"until": [3]})

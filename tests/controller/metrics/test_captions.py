@@ -142,6 +142,8 @@ def test_coco_captions(tmp_path):
     assert right.unit == "CIDEr" and right.details["BLEU-4"] == pytest.approx(100, abs=1e-3)
     assert right.details["METEOR"] == pytest.approx(100, abs=1e-3) and right.headline > 100
     assert wrong.headline < 5 and wrong.details["METEOR"] < 40
+    odd = rule.score(["a man\u2028rides\ra\x0bhorse", "A red bus in the city"], examples)
+    assert odd.details == right.details
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")

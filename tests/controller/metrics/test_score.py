@@ -48,6 +48,11 @@ def test_score(rendered_data, tmp_path, capsys):
         (lambda rows: [{"prediction": "x"}], "field 'id': the answer does not say its question"),
         (lambda rows: [{"id": rows[0]["id"]}], "field 'prediction': no answer"),
         (lambda rows: [{**rows[0], "prediction": None}], "field 'prediction': text is expected"),
+        (lambda rows: [{**rows[0], "prediction": "\ud83d no"}], "line 1, field 'prediction': broken Unicode"),
+        (
+            lambda rows: [{"id": rows[0]["id"], "answer": "no", "pred": "yes"}],
+            "field 'answer': it could be the answer, and so could 'pred'",
+        ),
         (lambda rows: ["x"], "a record with named fields is expected"),
         (lambda rows: [], "no record in it"),
     ],
@@ -69,6 +74,25 @@ def test_llava_answers_to_one_image_are_told_apart_by_their_prompt(tmp_path):
         for colour, answer in (("blue", "No"), ("red", "Yes"))
     ]
     assert read_answers(write_rows(tmp_path / "answers.jsonl", rows), examples) == ["Yes", "No"]
+    for row in rows:
+        row["question_id"] = "color/images/a.png"  # as LLaVA names most; the image need not be there
+    assert read_answers(write_rows(tmp_path / "answers.jsonl", rows), examples) == ["Yes", "No"]
+
+
+def test_llava_answers_to_scienceqa_hold_questions_that_do_not_count(tmp_path):
+    problem = {"question": "Which?", "choices": ["cat", "dog"], "answer": 1, "image": "image.png"}
+    problems = {"3": problem, "4": {**problem, "image": None}}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["3", "4"]}))
+    rows = [
+        {"question_id": "4", "prompt": "Which?", "text": "A"},
+        {"question_id": "3", "prompt": "<image>\nWhich?", "text": "B"},
+    ]
+    answers = write_rows(tmp_path / "answers.jsonl", rows)
+    out = tmp_path / "out"
+    data = tmp_path / "problems.json"
+    result = run(ScoreOptions(benchmark="scienceqa", data=data, answers=answers, out=out))
+    assert result["headline"] == 100 and result["questions"] == 1
 
 
 def test_llava_answers_to_textvqa_are_told_apart_by_their_prompt(tmp_path):
