@@ -201,6 +201,11 @@ def load_backbone(
     if (adapter := find_adapter_config_file(str(path), **where)) is not None:
         base, inserted = adapter_facts(path, Path(adapter), where)
         rest = {name: value for name, value in from_pretrained.items() if name not in where}
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise OSError(
+                f"{path} is an adapter of the model in {base}, which is not there: put it back, or load the "
+                "checkpoint that the adapter was merged into"
+            )
         layer = inserted if insert_layer is None else insert_layer
         backbone = load_backbone(base, insert_layer=layer, device=device, dtype=dtype, **rest)
         return replace(backbone, model=merged(backbone.model, path, where), name=str(source))

@@ -31,7 +31,7 @@ from ..options import (
     TrainPolicyOptions,
 )
 from ..policy.layer_policy import LayerPolicy
-from ..runs import machine, read_result, replacing, start_run, write_json, write_result
+from ..runs import machine, read_result, replacing, start_run, to_json, write_json, write_result
 from .jobs import play
 from .layer_study_page import page, plot
 from .rank_agreement import Bootstrap, choice, correlations, interval
@@ -60,7 +60,7 @@ def run(options: LayerStudyOptions) -> dict[str, Any]:
     study = Study.prepared(options)
     results = play(study.first_steps(), options.jobs, out / "logs")
     results |= play(study.evaluations(), options.jobs, out / "logs")
-    result = study.result(results)
+    result = to_json(study.result(results))
     plot(result, out / "layer_study.png")
     with replacing(out / "layer_study.md") as temporary:
         temporary.write_text(page(result), "utf-8")
@@ -142,7 +142,8 @@ class Study:
     def policy(self) -> TrainPolicyOptions:
         """The policy whose expectation is compared: the exact gradient over the training images' rewards."""
         weights = parse_skip_weight_list(self.options.skip_weights)
-        span = "none" if len(weights) == 1 else f"{weights[0]}-{weights[-1]}"
+        least, most = (np.format_float_positional(weight, trim="-") for weight in (weights[0], weights[-1]))
+        span = "none" if len(weights) == 1 else f"{least}-{most}"
         return self.step(
             TrainPolicyOptions,
             "train-policy",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from envs.prompts import prompts_from
+from envs.prompts import Prompt, prompts_from
 
 from ..answers import generate_answers, losses_and_flops
 from ..data import read_data
@@ -141,6 +142,7 @@ def predict(
     if rows is None:
         size, label = options.batch_size, variant.name
         losses, flops = losses_and_flops(backbone, prompts, layers, size, f"{label}: loss")
+        check_losses(label, prompts, losses)
         answers = generate_answers(
             backbone, prompts, layers, size, options.max_new_tokens, f"{label}: answers"
         )
@@ -172,6 +174,16 @@ def predict(
         losses=np.array([np.nan if row["loss"] is None else row["loss"] for row in rows]),
         flops=np.array([row["flops"] for row in rows], dtype=np.float64),
     )
+
+
+def check_losses(label: str, prompts: Sequence[Prompt], losses: NDArray[np.float64]) -> None:
+    """Raises `ValueError` where the loss (P) of an answer is not finite."""
+    odd = [row for row, prompt in enumerate(prompts) if prompt.answer and not np.isfinite(losses[row])]
+    if odd:
+        raise ValueError(
+            f"{label}: the loss of prompt {prompts[odd[0]].id!r} is {losses[odd[0]]} ({len(odd)} such): the "
+            "model's weights are broken, or --dtype is too narrow for them"
+        )
 
 
 def read_predictions(

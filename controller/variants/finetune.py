@@ -29,10 +29,11 @@ from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
 from .checkpoints import TRAINING, continuable
 from .depths import make_depths, record_depths, trained_layers
-from .loading import check_bitsandbytes, load, trained_model, training_device, unquantised
+from .loading import check_bitsandbytes, load, saved_dtype, trained_model, training_device, unquantised
 from .publish import publish
 from .recipe import (
     accumulation,
+    count_parameters,
     learning_rate,
     make_trainable,
     process_count,
@@ -65,17 +66,14 @@ def run(options: FinetuneOptions) -> dict[str, Any]:
     prompts = prompts_from(data, per="record")
     trainer = make_trainer(backbone, prompts, options)
     model: Any = trainer.model
-    weights = list(model.parameters())
-    counted = {
-        "trainable_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
-        "parameters": sum(weight.numel() for weight in weights),
-    }
+    trainable, parameters = count_parameters(model)
+    counted = {"trainable_parameters": trainable, "parameters": parameters}
     trainer.train(resume_from_checkpoint=True)
     model = trained_model(trainer, options)
     if not leads:
         return {}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    adapter = save_variant(out, backbone, model, unquantised(options))
+    adapter = save_variant(out, backbone, model, unquantised(options), saved_dtype(options))
     plot_loss(history, out / "train_loss.png", f"Finetuning at insert layer {options.insert_layer}")
     result = {
         "insert_layer": backbone.insert_layer,

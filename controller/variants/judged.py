@@ -52,9 +52,10 @@ def load_variants(options: EvaluateOptions, prompts: Sequence[Prompt]) -> list[V
     layers, then the policy on it. `--backbone` as it is, where nothing else would be the baseline.
 
     Raises `ValueError` for a folder that is not of a finished finetune, a layer that the backbone does not
-    have, a policy of another backbone, and for two variants of one name.
+    have, a policy of another backbone, checkpoints of several precisions, and two variants of one name.
     """
     variants = finetuned_variants(options, len(prompts))
+    check_precision(variants)
     if not variants or options.insert_layers is not None or options.policy is not None:
         backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
         if options.insert_layers is not None:
@@ -71,6 +72,14 @@ def load_variants(options: EvaluateOptions, prompts: Sequence[Prompt]) -> list[V
     if twice:
         raise ValueError(f"--variants: {twice[0]!r} is the name of another variant too; rename that folder")
     return variants
+
+
+def check_precision(variants: Sequence[Variant]) -> None:
+    """Raises `ValueError` for models of several precisions, whose times do not compare."""
+    names = {str(variant.backbone.model.dtype).removeprefix("torch."): variant.name for variant in variants}
+    if len(names) > 1:
+        told = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
+        raise ValueError(f"--variants: {told}; their times do not compare: give one --dtype for all")
 
 
 def finetuned_variants(options: EvaluateOptions, prompts: int) -> list[Variant]:

@@ -19,7 +19,7 @@ from backbones.loading import TINY
 from ..options import FinetuneOptions
 from .depths import fixed_layer, is_sharded
 from .parts import encoders, projectors
-from .recipe import ADAPTERS, make_trainable, process_count
+from .recipe import ADAPTERS, computes_in_bfloat16, make_trainable, process_count
 from .trainer import VariantTrainer
 
 
@@ -35,11 +35,16 @@ def training_device(options: FinetuneOptions) -> torch.device:
 
 
 def training_dtype(options: FinetuneOptions) -> str:
-    """Precision of the weights: on a GPU bfloat16 under LoRA, else float32, which small updates need."""
-    if options.dtype != "auto":
-        return options.dtype
-    on_gpu = training_device(options).type == "cuda"
-    return "bfloat16" if on_gpu and options.method in ADAPTERS else "float32"
+    """Precision of the weights in training: bfloat16 for those that LoRA leaves alone where layers compute in
+    it, else float32, which small updates need."""
+    narrow = computes_in_bfloat16(options, training_device(options)) and options.method in ADAPTERS
+    return "bfloat16" if narrow else "float32"
+
+
+def saved_dtype(options: FinetuneOptions) -> torch.dtype:
+    """Precision of the finished checkpoint: that in which its layers computed."""
+    narrow = computes_in_bfloat16(options, training_device(options))
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def load(options: FinetuneOptions) -> Backbone:

@@ -29,8 +29,8 @@ UNTOLD_PREFIXES = ("push_", "hub_")
 BODY = """\
 # {name}
 
-{model} with **multimodal tokens inserted at decoder layer {insert_layer} of {num_layers}**, finetuned with
-that insertion ({method}).
+{model} with **multimodal tokens inserted at {where} of {num_layers}**, finetuned with that insertion
+({method}).
 
 [DeepInsert]({paper}) (Choraria et al., 2025): image, audio or molecule tokens skip the first decoder layers;
 text runs through all of them.
@@ -132,7 +132,7 @@ class Facts:
 
 def write_card(folder: Path, facts: Facts, adapter: bool = False) -> None:
     """Write `README.md` of a checkpoint, or of an adapter, to `folder`."""
-    base = published_base(facts.backbone)
+    base = base_of(facts, adapter)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     data = ModelCardData(
         base_model=base,
@@ -150,16 +150,17 @@ def write_card(folder: Path, facts: Facts, adapter: bool = False) -> None:
 def body(facts: Facts, adapter: bool) -> str:
     """The card's Markdown."""
     options, result = facts.options, facts.result
-    base = facts.backbone if facts.backbone == "tiny" else published_base(facts.backbone)
+    base = facts.backbone if facts.backbone == "tiny" else base_of(facts, adapter)
+    fixed = isinstance(facts.insert_layer, int)
     loading = (LOAD_ADAPTER if adapter else LOAD_CHECKPOINT).format(
-        source=HERE, base=base or "BASE_MODEL", insert_layer=facts.insert_layer
+        source=HERE, base=base or "BASE_MODEL", insert_layer=facts.insert_layer if fixed else 0
     )
     return BODY.format(
         name=facts.name,
         model={"tiny": "The tiny backbone of DeepInsert", None: "A model of its author's"}.get(
             base, f"`{base}`"
         ),
-        insert_layer=facts.insert_layer,
+        where=f"decoder layer {facts.insert_layer}" if fixed else "any decoder layer",
         num_layers=facts.num_layers,
         method=options["method"],
         paper=PAPER,
@@ -206,7 +207,8 @@ def recipe_rows(options: Mapping[str, Any], result: Mapping[str, Any]) -> list[t
         if name in (*UNTOLD, *idle) or name.startswith(UNTOLD_PREFIXES):
             continue
         value = result.get(name, value) if value is None else value
-        value = value.name if isinstance(value, Path) else value
+        is_path = isinstance(value, Path) or (name == "layer_distribution" and Path(value).is_absolute())
+        value = Path(value).name if is_path else value
         rows.append((f"`--{name.replace('_', '-')}`", value if value not in (None, "", ()) else "by default"))
     return rows
 
@@ -262,6 +264,12 @@ def save(card: ModelCard, path: Path) -> None:
     """Write a card, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(str(card), "utf-8")
+
+
+def base_of(facts: Facts, adapter: bool) -> str | None:
+    """The base model's id on the Hub, None where there is none. An adapter fits the very weights that it was
+    trained on, not those that they in turn were finetuned from."""
+    return None if adapter and Path(facts.backbone).exists() else published_base(facts.backbone)
 
 
 def published_base(backbone: str) -> str | None:

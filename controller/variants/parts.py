@@ -11,11 +11,21 @@ from transformers import PreTrainedModel
 from backbones.families import find_stack
 
 # Projectors that live inside the encoder, as Qwen2-VL's does.
-INNER_PROJECTORS = ("merger", "multi_modal_projector", "projector")
+INNER_PROJECTORS = (
+    "merger",
+    "deepstack_merger_list",
+    "patch_merger",
+    "multi_modal_projector",
+    "projector",
+    "connector",
+)
+# What stands beside the text model and is no projector: more encoders, and what makes images.
+OTHER_ENCODERS = re.compile(r"(tower|vision_model|encoder|vqmodel|^generation_\w+)$")
 
 
 def encoders(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The encoders of the model's modalities by dotted name, such as `model.vision_tower`."""
+    """The encoders of the model's modalities by dotted name, such as `model.vision_tower`, with any more that
+    stand beside them."""
     found = {}
     names = {module: name for name, module in model.named_modules()}
     for modality in ("image", "audio"):
@@ -23,7 +33,27 @@ def encoders(model: PreTrainedModel) -> dict[str, nn.Module]:
         # The model (or its base) itself is the stock answer where there is none.
         if encoder is not model and encoder is not model.base_model:
             found[names[encoder]] = encoder
+    inside = {inner for encoder in found.values() for inner in encoder.modules()}
+    for child in beside_text(model):
+        is_known = child in inside or any(encoder in set(child.modules()) for encoder in found.values())
+        if not is_known and OTHER_ENCODERS.search(names[child].rpartition(".")[2]):
+            found[names[child]] = child
     return found
+
+
+def beside_text(model: PreTrainedModel) -> list[nn.Module]:
+    """Children of the base model that have weights and are no part of the text model or the head."""
+    stack = find_stack(model)
+    text = {*stack.modules(), model.get_input_embeddings(), model.get_output_embeddings()}
+    children = dict(model.base_model.named_children())
+    text |= {children.pop("decoder", stack)}  # of a text model whose encoder multimodal tokens enter
+    return [
+        child
+        for child in children.values()
+        if next(child.parameters(), None) is not None
+        and stack not in set(child.modules())
+        and child not in text
+    ]
 
 
 def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -32,21 +62,18 @@ def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
     known = encoders(model)
     for name, encoder in known.items():
         for part in INNER_PROJECTORS:
-            if hasattr(encoder, part):
+            if next(getattr(encoder, part, nn.Identity()).parameters(), None) is not None:
                 found[f"{name}.{part}"] = getattr(encoder, part)
-    stack = find_stack(model)
-    parent = model.base_model
     names = {module: name for name, module in model.named_modules()}
-    for child in parent.children():
-        inside = set(child.modules())
-        has_others = stack in inside or any(encoder in inside for encoder in known.values())
-        if (
-            not has_others
-            and any(True for _ in child.parameters())
-            and child is not model.get_output_embeddings()
-        ):
+    for child in beside_text(model):
+        if not any(encoder in set(child.modules()) for encoder in known.values()):
             found[names[child]] = child
-    return found
+    # Lists are not called, so that PEFT cannot keep a copy of one: their modules stand for them.
+    apart: dict[str, nn.Module] = {}
+    for name, module in found.items():
+        listed = isinstance(module, nn.ModuleList)
+        apart |= {f"{name}.{at}": one for at, one in enumerate(module)} if listed else {name: module}
+    return apart
 
 
 def lora_targets(model: PreTrainedModel) -> str:
@@ -57,12 +84,12 @@ def lora_targets(model: PreTrainedModel) -> str:
     """
     stack = find_stack(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
-    kinds = sorted(
-        {name.rpartition(".")[2] for name, module in stack.named_modules() if isinstance(module, nn.Linear)}
-    )
-    if not kinds:
+    linear = [name for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
         raise ValueError(f"{type(model).__name__} has no nn.Linear in its text model: use --method full")
-    return rf"{re.escape(prefix)}\.(.+\.)?({'|'.join(map(re.escape, kinds))})"
+    # Whole names but for numbers: a layer may hold a linear layer called "0", and is called so itself.
+    kinds = sorted({re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", re.escape(name)) for name in linear})
+    return rf"{re.escape(prefix)}\.({'|'.join(kinds)})"
 
 
 def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]:

@@ -6,6 +6,7 @@ What fails there costs nothing here: the variant is in the run folder, and the s
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class PublishError(OSError):
 
 
 def publish(options: FinetuneOptions) -> str:
-    """Push the checkpoint, and the adapter where there is one, to `--hub-model-id`; returns its address.
+    """Push the checkpoint, and an adapter of a published backbone, to `--hub-model-id`; returns its address.
 
     The repository is made where there is none, private with `--hub-private-repo`. Raises `PublishError` with
     what to do where the Hub cannot be reached or refuses.
@@ -41,6 +42,12 @@ def publish(options: FinetuneOptions) -> str:
     out = Path(options.out)
     wanted = options.hub_model_id or repository_name(out)
     folders = {out / name: place for name, place in FOLDERS.items() if (out / name).is_dir()}
+    if Path(options.backbone).is_dir() and folders.pop(out / "adapter", None) is not None:
+        print(
+            f"{out / 'adapter'} is not pushed: it fits the model in {options.backbone}, which others do not "
+            "have. The checkpoint holds both",
+            file=sys.stderr,
+        )
     for folder in folders:
         check_whole(folder)
     try:

@@ -75,7 +75,19 @@ def add_adapter(model: PreTrainedModel, options: FinetuneOptions, frozen: dict[s
     with warnings.catch_warnings():
         # PEFT asks the model by a name that transformers has begun to replace.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:  # PEFT widens LoRA's alone; in bfloat16 small updates are lost
+            weight.data = weight.data.float()
+    return adapted
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Weights that learn, and all; those of 4 bits, which share bytes, are counted one by one."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
 
 
 def learning_rate(options: FinetuneOptions) -> float:
@@ -135,6 +147,11 @@ def accumulation(options: FinetuneOptions, processes: int) -> int:
     return wanted // together
 
 
+def computes_in_bfloat16(options: FinetuneOptions, device: torch.device) -> bool:
+    """Whether layers compute in bfloat16, whatever their weights are: on a GPU unless told otherwise."""
+    return options.dtype == "bfloat16" or (device.type == "cuda" and options.dtype == "auto")
+
+
 def training_arguments(
     options: FinetuneOptions, folder: Path, device: torch.device, idle_projector: bool = True
 ) -> TrainingArguments:
@@ -155,11 +172,12 @@ def training_arguments(
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,  # below 1: a share of the steps
         weight_decay=0.0,
-        bf16=device.type == "cuda" and options.dtype != "float32",
+        bf16=computes_in_bfloat16(options, device),
         use_cpu=device.type == "cpu",
         seed=options.seed,
         data_seed=options.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=options.save_every,
         report_to=reporters(options.report_to),

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from backbones import Backbone
@@ -23,9 +24,14 @@ from .model_card import Facts, write_card
 
 
 def save_variant(
-    out: Path, backbone: Backbone, model: Any, ordinary: Callable[[], Backbone] | None = None
+    out: Path,
+    backbone: Backbone,
+    model: Any,
+    ordinary: Callable[[], Backbone] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> str | None:
-    """Write `adapter/` for LoRA, merge it, and write `checkpoint/`; returns the adapter's path, if any.
+    """Write `adapter/` for LoRA, merge it, and write `checkpoint/` in `dtype`; returns the adapter's path, if
+    any.
 
     Each is whole or absent, with a manifest. The insert layer travels in the checkpoint's `config.json` and
     beside the adapter in `deepinsert.json`, which `load_backbone` reads. `ordinary` loads the backbone that a
@@ -49,7 +55,7 @@ def save_variant(
             model = PeftModel.from_pretrained(backbone.model, adapter)
         model = model.merge_and_unload()
     with replacing_folder(out / "checkpoint") as folder:
-        replace(backbone, model=model).save_pretrained(folder)
+        replace(backbone, model=model.to(dtype)).save_pretrained(folder)
         write_manifest(folder)
     return adapter
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,10 +22,12 @@ from backbones.families import find_stack
 from ..runs import progress, replacing
 from .batches import PromptDataset, PromptOrder
 from .checkpoints import ResumableTrainer
-from .depths import DepthSampler
+from .depths import DepthSampler, is_sharded
 from .event_file import EventFile
 from .recipe import parameter_groups
 
+FEW_STEPS = 10
+REDUCES_UNUSED = "set_reduce_scatter_unused_params"  # of `FSDPModule` since torch 2.13
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 
 
@@ -54,6 +60,29 @@ class VariantTrainer(ResumableTrainer):
             model: Any = self.model
             layers = find_stack(model).layers
             plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if is_sharded(self):
+            self._prepare_uneven_batches()
+        return super().train(*args, **kwargs)
+
+    def _prepare_uneven_batches(self) -> None:
+        """Make ready for steps in which one process has images and another none: processes that hold parts of
+        the weights must share the same gradients at the same time."""
+        dataset = self.train_dataset
+        if self.group_by == "modality-length" or not isinstance(dataset, PromptDataset):
+            return
+        if len({bool(prompt.images) for prompt in dataset.prompts}) == 1:
+            return
+        if not self.is_fsdp_enabled or not hasattr(FSDPModule, REDUCES_UNUSED):
+            raise ValueError(
+                "prompts with and without images, on processes that hold parts of the weights each: give "
+                "--group-by modality-length, so that all have images in a step or none has"
+            )
+        if isinstance(self.model, PeftModel):
+            # Without it, frozen layers below the first adapter finish in another order without images.
+            self.model.enable_input_require_grads()
+        self.add_callback(ReducesUnused())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -90,10 +119,36 @@ class VariantTrainer(ResumableTrainer):
         loss, outputs = self.depths.loss(self, stock, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0  # any share of one step, rounded up, would be all of it, at rate 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the stock one, with the seconds of a step. Raises `ValueError` where the loss or its gradient is
+        not finite, before a checkpoint is written of what it makes of the weights."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(
+                    f"step {self.state.global_step}: {name} is {logs[name]}. Training has diverged: give a "
+                    f"lower --learning-rate than {self.args.learning_rate:g}, and another --out"
+                )
         now = time.perf_counter()
         super().log({**logs, "seconds": now - self.last_log}, start_time)
         self.last_log = now
+
+
+class ReducesUnused(TrainerCallback):
+    """Has FSDP share gradients of weights that a process did not use, such as the projector's, as zeros."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for module in kwargs["model"].modules():
+            if isinstance(module, FSDPModule):
+                getattr(module, REDUCES_UNUSED)(True)
 
 
 class LossLog(TrainerCallback):
@@ -117,6 +172,13 @@ class LossLog(TrainerCallback):
             writer.writerow(COLUMNS)
             writer.writerows(
                 [entry.get(name) for name in COLUMNS] for entry in state.log_history if "loss" in entry
+            )
+        if args.max_steps <= 0 and state.max_steps < FEW_STEPS:
+            size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            print(
+                f"{state.max_steps} steps of {size} prompts are few to learn in: give more --epochs, or a "
+                "smaller --global-batch-size",
+                file=sys.stderr,
             )
         self.writer = EventFile(self.out, first_step=state.global_step + 1)
         steps = range(state.global_step, state.max_steps)

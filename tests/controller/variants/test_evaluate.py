@@ -234,6 +234,18 @@ def test_predictions_are_kept_for_the_same_model_only(
     assert kept.answers == [row["prediction"] for row in rows]
 
 
+def test_a_model_that_says_nan_is_named(
+    prompts: list[Prompt], options: EvaluateOptions, tmp_path: Path
+) -> None:
+    broken = load_backbone("tiny", device="cpu")
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[:] = float("nan")
+    variant = Variant.fixed("broken", None, broken, len(prompts))
+    examples = [Example(prompt, (prompt.answer,)) for prompt in prompts]
+    with pytest.raises(ValueError, match=r"^broken: the loss of prompt '.*' is nan \(\d+ such\)"):
+        predict(tmp_path, variant, benchmark("instructions"), examples, options)
+
+
 def test_a_finished_evaluation_is_not_repeated(
     result: dict[str, Any], options: EvaluateOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,7 +114,17 @@ def test_two_processes_learn_what_one_does(options: FinetuneOptions, tmp_path: P
     assert len(list(two.out.glob("events*"))) == 1  # the first process alone writes
 
 
-def test_a_process_may_have_a_batch_without_image(options: FinetuneOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "sharded"),
+    [
+        ("full", False),
+        pytest.param("full", True, marks=pytest.mark.slow),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_may_have_a_batch_without_image(
+    options: FinetuneOptions, tmp_path: Path, method: str, sharded: bool
+) -> None:
     """Its projector is left out of that step, while the other process's learns."""
     records = json.loads(options.data.read_text())
     few = [record for record in records if "image" not in record][:4]
@@ -125,7 +135,7 @@ def test_a_process_may_have_a_batch_without_image(options: FinetuneOptions, tmp_
         options,
         data=data,
         image_root=options.data.parent,
-        method="full",
+        method=method,
         fraction=1.0,
         batch_size=2,
         out=tmp_path / "one",
@@ -136,7 +146,7 @@ def test_a_process_may_have_a_batch_without_image(options: FinetuneOptions, tmp_
     assert {True, False} in rounds
     finetune.run(one)
     two = replace(one, batch_size=1, out=tmp_path / "two")
-    on_two(two, tmp_path)
+    on_two(two, tmp_path, sharded)
     assert_learnt_alike(one.out, two.out)
 
 

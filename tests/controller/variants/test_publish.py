@@ -92,6 +92,15 @@ def test_the_command_pushes_a_finished_run(finished: FinetuneOptions, hub: Hub, 
     check_arrived(finished, hub)
 
 
+def test_an_adapter_that_others_could_not_load_stays(
+    finished: FinetuneOptions, hub: Hub, tmp_path: Path
+) -> None:
+    options = replace(finished, hub_model_id="me/shapes", backbone=str(finished.out / "checkpoint"))
+    assert push(options, ["hf_writer"], hub, tmp_path) == [f"pushed {hub.address}/me/shapes"]
+    arrived = hub.files["me/shapes"]
+    assert "model.safetensors" in arrived and not any(name.startswith("adapter") for name in arrived)
+
+
 def check_arrived(finished: FinetuneOptions, hub: Hub) -> None:
     assert list(hub.files) == ["me/shapes"] and hub.private["me/shapes"]
     arrived = hub.files["me/shapes"]

@@ -1,6 +1,7 @@
 """What is trained, in every family: the text model and the projector, never the encoder."""
 
 import copy
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from backbones import deep_insert, insert_layer_of
+from backbones.families import find_stack
 from controller.options import FinetuneOptions
-from controller.variants.parts import encoders, projectors
+from controller.variants.parts import encoders, lora_targets, projectors
 from controller.variants.recipe import (
     accumulation,
     learning_rate,
@@ -33,6 +35,21 @@ PARTS = {
     "qwen2_5_vl": ("model.visual", "model.visual.merger"),
     "qwen2_audio": ("model.audio_tower", "model.multi_modal_projector"),
 }
+# Families with several of them, or with other parts beside the text model.
+MANIFOLD = {
+    "qwen3_vl": (
+        ["model.visual"],
+        ["model.visual.merger", *(f"model.visual.deepstack_merger_list.{at}" for at in (0, 1))],
+    ),
+    "video_llava": (["model.image_tower", "model.video_tower"], ["model.multi_modal_projector"]),
+    "granite_speech": (["model.encoder"], ["model.projector"]),
+    "granite_docling": (["model.vision_model"], ["model.vision_model.connector"]),
+    "chameleon": ([], []),
+    "gemma3n-audio": (
+        ["model.vision_tower", "model.audio_tower"],
+        ["model.embed_vision", "model.embed_audio"],
+    ),
+}
 LORA = FinetuneOptions(out=Path(), data=Path(), method="lora", lora_rank=2)
 FULL = FinetuneOptions(out=Path(), data=Path(), method="full", learning_rate=1e-3)
 
@@ -53,6 +70,16 @@ def parts(model) -> tuple[str, str]:
 
 def test_encoder_and_projector_are_found(model, parts: tuple[str, str]) -> None:
     assert (list(encoders(model)), list(projectors(model))) == ([parts[0]], [parts[1]])
+
+
+@pytest.mark.parametrize("name", MANIFOLD)
+def test_families_with_more_parts(name: str) -> None:
+    model = deep_insert(FAMILIES[name].model(), 2)
+    assert (list(encoders(model)), list(projectors(model))) == MANIFOLD[name]
+    stack = [id(module) for module in find_stack(model).modules() if isinstance(module, nn.Linear)]
+    matched = [module for name, module in model.named_modules() if re.fullmatch(lora_targets(model), name)]
+    assert [id(module) for module in matched] == stack and stack
+    make_trainable(model, LORA)
 
 
 def test_full_trains_all_but_the_encoder(model, parts: tuple[str, str]) -> None:

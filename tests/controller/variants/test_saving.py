@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,26 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 
 from backbones import load_backbone
+from controller.data import read_data
 from controller.options import EvaluateOptions, FinetuneOptions
 from controller.variants import finetune
-from controller.variants.judged import finetuned_variants
+from controller.variants.finetune import make_trainer
+from controller.variants.judged import Variant, check_precision, finetuned_variants
+from controller.variants.loading import load
 from controller.variants.manifest import CheckpointError, check_whole
-from controller.variants.model_card import BEGIN, END, published_as, published_base, update_results
+from controller.variants.model_card import (
+    BEGIN,
+    END,
+    Facts,
+    body,
+    published_as,
+    published_base,
+    update_results,
+)
+from envs.prompts import prompts_from
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +74,12 @@ def test_an_adapter_on_a_checkpoint_finds_it_from_anywhere(
     told = json.loads((second.out / "adapter" / "deepinsert.json").read_text())
     assert told == {"insert_layer": 3, "backbone": str(finished.out / "checkpoint")}
     assert load_backbone("second/adapter", device="cpu").insert_layer == 3
+    card = (second.out / "adapter" / "README.md").read_text()
+    assert 'load_backbone("BASE_MODEL", insert_layer=3)' in card  # no published model has these weights
+    told["backbone"] = str(tmp_path / "gone")
+    (second.out / "adapter" / "deepinsert.json").write_text(json.dumps(told))
+    with pytest.raises(OSError, match=r"is an adapter of the model in .*gone, which is not there"):
+        load_backbone("second/adapter", device="cpu")
 
 
 def test_evaluation_refuses_a_spoilt_checkpoint(copy: Path, finished: FinetuneOptions) -> None:
@@ -152,3 +171,50 @@ def test_a_published_card_loads_from_the_hub() -> None:
         'load_backbone("me/shapes", subfolder="adapter")\n'
         'PeftModel.from_pretrained(base.model, "me/shapes", subfolder="adapter")\nsplit(".")'
     )
+
+
+def test_the_card_of_a_model_for_all_depths(finished: FinetuneOptions) -> None:
+    options = replace(finished, insert_layer="random", layer_distribution="/home/me/runs/policy")
+    facts = Facts(
+        name="shapes",
+        backbone="acme/llava",
+        insert_layer="random",
+        num_layers=8,
+        data_name="train.json",
+        data_sha256="0",
+        sources={"coco": 3},
+        options=asdict(options),
+        result={"train_loss": 0.5, "steps": 2, "trainable_parameters": 1, "parameters": 2},
+        versions={},
+    )
+    told = body(facts, adapter=True)
+    assert "inserted at any decoder layer of 8" in told
+    assert 'load_backbone("acme/llava", insert_layer=0)' in told
+    assert "| policy |" in told and "/home/me" not in told
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_small_updates_survive_bfloat16(small_run: FinetuneOptions, tmp_path: Path, method: str) -> None:
+    """Layers compute in bfloat16, but what learns is float32: a step of 2e-5 is below bfloat16's spacing."""
+    run = replace(
+        small_run, out=tmp_path / "run", method=method, dtype="bfloat16", learning_rate=2e-4, steps=3
+    )
+    trainer = make_trainer(load(run), prompts_from(read_data(run), per="record"), run)
+    learnt = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in learnt} == {torch.float32}
+    frozen = {weight.dtype for weight in trainer.model.parameters() if not weight.requires_grad}
+    assert frozen == {torch.bfloat16 if method == "lora" else torch.float32}
+    before = [weight.detach().clone() for weight in learnt]
+    trainer.train()
+    moved = [(old != new).float().mean().item() for old, new in zip(before, learnt, strict=True)]
+    assert sorted(moved)[len(moved) // 10] > 0.9  # embeddings of unseen tokens have no gradient
+    finetune.run(run)
+    saved = load_file(run.out / "checkpoint" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+
+
+def test_variants_of_several_precisions_are_not_compared() -> None:
+    wide, narrow = (load_backbone("tiny", device="cpu", dtype=each) for each in ("float32", "bfloat16"))
+    check_precision([Variant.fixed("a", None, wide, 1), Variant.fixed("b", None, wide, 1)])
+    with pytest.raises(ValueError, match=r"a is float32, b is bfloat16.*give one --dtype"):
+        check_precision([Variant.fixed("a", None, wide, 1), Variant.fixed("b", None, narrow, 1)])

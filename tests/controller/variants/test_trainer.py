@@ -55,6 +55,26 @@ def test_epochs_say_how_many_steps(options: FinetuneOptions, tmp_path: Path) -> 
     assert changed == {name for name in before if "multi_modal_projector" in name}
 
 
+def test_a_training_that_diverges_stops(options: FinetuneOptions, tmp_path: Path) -> None:
+    run = replace(options, method="full", learning_rate=1e30, save_every=1, out=tmp_path / "run")
+    diverged = r"step \d: (loss|grad_norm) is (nan|inf)\. Training has diverged: .* than 1e\+30"
+    with pytest.raises(ValueError, match=diverged):
+        finetune.run(run)
+    for path in (run.out / "training").glob("checkpoint-*/model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values())
+
+
+def test_a_single_step_learns(
+    options: FinetuneOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = replace(options, steps=None, method="projector", batch_size=64, out=tmp_path / "run")
+    assert finetune.run(run)["steps"] == 1
+    before = load_backbone("tiny", device="cpu").model.state_dict()
+    after = load_backbone(run.out / "checkpoint", device="cpu").model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "1 steps of 64 prompts are few to learn in: give more --epochs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
