@@ -41,7 +41,7 @@ from .recipe import (
     reporters,
     training_arguments,
 )
-from .saving import save_variant, write_cards
+from .saving import remove_leftovers, save_variant, write_cards
 from .trainer import LossLog, VariantTrainer
 
 
@@ -124,6 +124,7 @@ def finished(options: FinetuneOptions) -> dict[str, Any]:
     """The result of a run that was finished before, published where that is asked for."""
     out = Path(options.out)
     shutil.rmtree(out / TRAINING, ignore_errors=True)  # left where a kill came between result and removal
+    remove_leftovers(out)
     print(f"{out} is finished; nothing to train", file=sys.stderr)
     if options.push_to_hub:
         print(f"Published: {publish(options)}")
