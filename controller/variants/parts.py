@@ -45,12 +45,11 @@ def beside_text(model: PreTrainedModel) -> list[nn.Module]:
     """Children of the base model that have weights and are no part of the text model or the head."""
     stack = find_stack(model)
     text = {*stack.modules(), model.get_input_embeddings(), model.get_output_embeddings()}
-    children = dict(model.base_model.named_children())
-    text |= {children.pop("decoder", stack)}  # of a text model whose encoder multimodal tokens enter
     return [
         child
-        for child in children.values()
-        if next(child.parameters(), None) is not None
+        for name, child in model.base_model.named_children()
+        if name != "decoder"  # of a text model whose encoder multimodal tokens enter
+        and next(child.parameters(), None) is not None
         and stack not in set(child.modules())
         and child not in text
     ]

@@ -1,6 +1,7 @@
 """The trainer's losses do not depend on how they are computed, and are those of other trainers."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,24 @@ def test_a_training_that_diverges_stops(options: FinetuneOptions, tmp_path: Path
         finetune.run(run)
     for path in (run.out / "training").glob("checkpoint-*/model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values())
+
+
+def test_batches_that_sharing_processes_cannot_have_are_refused(
+    options: FinetuneOptions, tmp_path: Path
+) -> None:
+    """What a trainer checks where DeepSpeed shards the weights."""
+    prompts = prompts_from(load_instructions(options.data), per="record")
+    assert {bool(prompt.images) for prompt in prompts} == {True, False}
+    for group_by, chosen, fits in (
+        ("none", prompts, False),
+        ("modality-length", prompts, True),
+        ("none", [prompt for prompt in prompts if prompt.images], True),
+    ):
+        run = replace(options, group_by=group_by, out=tmp_path / "run")
+        trainer = finetune.make_trainer(load_backbone("tiny", device="cpu"), chosen, run)
+        refusal = pytest.raises(ValueError, match=r"with and without images.*--group-by modality-length")
+        with nullcontext() if fits else refusal:
+            trainer._prepare_uneven_batches()
 
 
 def test_a_single_step_learns(
