@@ -26,7 +26,8 @@ class BackboneOptions:
     device: str = "auto"
     """"auto" takes a GPU where there is one; else a torch device such as cpu or cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; "auto" is float32 on a CPU, else the checkpoint's own."""
+    """Precision of the weights, but for those that finetune trains; "auto" is float32 on a CPU, on a GPU the
+    checkpoint's own and in finetune bfloat16."""
     batch_size: int = 32
     """Prompts per forward."""
 

@@ -139,6 +139,7 @@ def predict(
     prompts = [example.prompt for example in examples]
     backbone, layers = variant.backbone, variant.insert_layers.tolist()
     rows = read_predictions(path, examples, backbone.fingerprint, layers)
+    score = None
     if rows is None:
         size, label = options.batch_size, variant.name
         losses, flops = losses_and_flops(backbone, prompts, layers, size, f"{label}: loss")
@@ -146,7 +147,8 @@ def predict(
         answers = generate_answers(
             backbone, prompts, layers, size, options.max_new_tokens, f"{label}: answers"
         )
-        items = bench.score(answers, examples).items
+        score = bench.score(answers, examples)
+        items = score.items
         rows = [
             {
                 "id": example.prompt.id,
@@ -170,7 +172,7 @@ def predict(
     answers = [row["prediction"] for row in rows]
     return Predictions(
         answers=answers,
-        score=bench.score(answers, examples),
+        score=bench.score(answers, examples) if score is None else score,
         losses=np.array([np.nan if row["loss"] is None else row["loss"] for row in rows]),
         flops=np.array([row["flops"] for row in rows], dtype=np.float64),
     )
