@@ -15,25 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    Fp8QuantizedLayer,
-    HQQQuantizedLayer,
-    LinearAttentionLayer,
-    QuantoQuantizedLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
+from transformers import Cache
+
+from .compat.transformers import (
+    GROWING,
+    INDEXED,
+    KEYLESS,
+    QUANTISED,
+    STATIC,
+    STATIC_COUNTS,
+    UNREGISTERED,
+    holds_state,
+    kept_of_window,
+    mask_offset,
+    tokens_to_remove,
+    too_old_for_static_caches,
 )
-
 from .static_cache import lay_out, returned_columns
-
-QUANTISED = (QuantoQuantizedLayer, HQQQuantizedLayer, Fp8QuantizedLayer)
-KEYLESS = (LinearAttentionLayer, DummyLayer)
-"""Layers that hold a state and no keys, or nothing at all: there is nothing to shorten."""
 
 
 class UnsupportedCacheError(TypeError):
@@ -75,7 +73,6 @@ def _short_kind(kind: Any) -> type:
     """`kind`, a growing cache layer, as one that has skipped tokens: `keymap` says where its keys are."""
 
     class Short(kind):
-        _layer_type = None
         keymap: KeyMap
 
         def get_seq_length(self) -> int:
@@ -101,17 +98,24 @@ def _short_kind(kind: Any) -> type:
             super().batch_select_indices(indices)
             self.keymap = self.keymap.select(indices)
 
-        def crop(self, tokens_to_remove: int) -> None:
-            length = self.get_seq_length() + min(tokens_to_remove, 0)
+        def crop(self, asked: int) -> None:
+            seen = self.get_seq_length()
+            length = seen - tokens_to_remove(asked, seen)
             columns = self.keymap.positions(stored_keys(self))
-            # Rows may hold different numbers of removed positions: what one row must keep, the others blank.
-            removed = int((columns >= length).sum(dim=1).min()) if tokens_to_remove < 0 else 0
-            super().crop(-removed if tokens_to_remove < 0 else tokens_to_remove)
+            # Rows may hold different numbers of removed positions: crop what every row can spare, and blank
+            # the rest.
+            removed = int((columns >= length).sum(dim=1).min())
+            if seen < getattr(self, "sliding_window", seen + 1):
+                # To 5.15 the stock method computes the length to keep, which must be that of the keys held.
+                become_short(self, KeyMap(columns, 0, self.keymap.ragged), columns.shape[1])
+            super().crop(-removed)
             columns = columns[:, : columns.shape[1] - removed]
             columns = columns.masked_fill(columns >= length, -1)
             ragged = bool((columns < 0).any())
             become_short(self, KeyMap(columns, length - columns.shape[1], ragged), length)
 
+    for name, value in UNREGISTERED.items():
+        setattr(Short, name, value)
     Short.__name__ = Short.__qualname__ = f"Short{kind.__name__}"
     return Short
 
@@ -166,8 +170,7 @@ def check_can_continue(cache: Cache | None, index: int) -> None:
 
     A dummy on the left of a row would change it; before the first row there is nothing to change.
     """
-    layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
-    if isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()):
+    if cache is not None and index < len(cache.layers) and holds_state(cache.layers[index]):
         raise UnsupportedCacheError(
             f"layer {index} carries a recurrent state, which a batch cannot continue where its rows have "
             "different numbers of text tokens beside multimodal ones: continue one row at a time, or "
@@ -184,16 +187,16 @@ class LayerKeys:
         self.layer: Any = cache.layers[index] if cache is not None and exists else None
         if isinstance(self.layer, KEYLESS):
             self.cache = self.layer = None
-        self.static = isinstance(self.layer, StaticLayer)
+        self.static = isinstance(self.layer, STATIC)
         self.short = is_short(self.layer)
         self.empty = self.layer is None or not self.layer.is_initialized
         self.past = 0 if self.empty else int(self.layer.get_seq_length())
-        self.offset = 0 if self.layer is None else int(self.layer.get_mask_sizes(length)[1])
+        self.offset = 0 if self.layer is None else mask_offset(self.layer, length)
         """Position of the first key that the stock mask has a column for."""
 
     @property
     def windowed(self) -> bool:
-        return isinstance(self.layer, DynamicSlidingWindowLayer | StaticSlidingWindowLayer)
+        return getattr(self.layer, "is_sliding", False)
 
     @property
     def identity(self) -> tuple:
@@ -215,9 +218,8 @@ class LayerKeys:
         else:
             held = torch.arange(self.past, device=new.device).expand(new.shape[0], -1)
         if self.windowed:
-            kept = self.layer.keys.shape[-2]
-            if self.layer.record_past:
-                kept = min(kept, self.layer.sliding_window - 1)
+            kept, used = self.layer.keys.shape[-2], kept_of_window(self.layer)
+            kept = kept if used is None else min(kept, used)
             held = held[:, held.shape[1] - kept :]
         return torch.cat([held, new], dim=1)
 
@@ -248,12 +250,12 @@ class LayerKeys:
                 'DynamicCache, or call model.set_attn_implementation("sdpa")'
             )
         kind: Any = type(self.layer) if self.layer is not None else self.cache.layer_class_to_replicate
-        growing = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, *QUANTISED)
-        if self.short or kind in (*growing, StaticLayer, StaticSlidingWindowLayer):
+        if self.short or kind in (*GROWING, *INDEXED, *QUANTISED) or (kind in STATIC and STATIC_COUNTS):
             return
+        why = f" ({too_old_for_static_caches()})" if kind in STATIC else ""
         raise UnsupportedCacheError(
-            f"{getattr(kind, '__name__', kind)} cannot skip multimodal tokens: use the default DynamicCache, "
-            "pass use_cache=False, or insert at layer 0"
+            f"{getattr(kind, '__name__', kind)} cannot skip multimodal tokens{why}: use the default "
+            "DynamicCache, pass use_cache=False, or insert at layer 0"
         )
 
     def record(self, keymap: KeyMap, rows: int) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from .compat.transformers import layers_that_read_others
 from .encoder_costs import EncoderCost, encoder_cost_of, measure_encoder
 from .families import UnsupportedModelError, base_model_of, find_stack, is_encoder_decoder
 from .module_costs import LayerTraffic, RowCost, key_value_width, layer_traffic, row_cost, weight_bytes
@@ -111,7 +111,7 @@ class CostModel:
         return cls(
             layers=tuple(row_cost(layer) for layer in stack.layers),
             traffic=tuple(layer_traffic(layer) for layer in stack.layers),
-            key_value_widths=_key_value_widths(base, stack),
+            key_value_widths=_key_value_widths(stack),
             most_cached=_most_cached(base, stack),
             head=2 * head.in_features * head.out_features if isinstance(head, nn.Linear) else 0,
             head_bytes=0 if head is None else head.weight.nbytes,
@@ -258,11 +258,11 @@ def _cache_layers(model: PreTrainedModel, stack: Any) -> list[Any]:
     return layers + [None] * (len(stack.layers) - len(layers))
 
 
-def _key_value_widths(model: PreTrainedModel, stack: Any) -> tuple[int, ...]:
+def _key_value_widths(stack: Any) -> tuple[int, ...]:
     """Layers that read another layer's keys, as Gemma 3n's last ones do, hold none themselves."""
+    readers = layers_that_read_others(stack)
     return tuple(
-        0 if isinstance(cached, DummyLayer) else key_value_width(layer)
-        for layer, cached in zip(stack.layers, _cache_layers(model, stack), strict=True)
+        0 if index in readers else key_value_width(layer) for index, layer in enumerate(stack.layers)
     )
 
 

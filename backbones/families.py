@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .compat.transformers import layers_read_by_others
+
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
@@ -77,10 +79,7 @@ def deepest_insert_layer(stack: Any) -> int:
 
     A later layer that holds all rows could not read keys made without the multimodal ones.
     """
-    modes: Any = getattr(stack.config, "kv_sharing_modes", None) or []
-    readers = {stack.config.layer_types[index] for index, mode in enumerate(modes) if mode == "reuse"}
-    read = [i for i, mode in enumerate(modes) if mode == "store" and stack.config.layer_types[i] in readers]
-    return min(read, default=len(stack.layers))
+    return min(layers_read_by_others(stack), default=len(stack.layers))
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import KeyMap, LayerKeys
+from .compat.transformers import CACHE_ARGUMENTS
 from .families import UnsupportedModelError
 from .masks import Columns, row_mask, select_mask
 from .rows import Rows
@@ -29,7 +30,7 @@ _ROW_DIMENSION = {
 }
 """Where the rows are in what a stack hands each layer."""
 
-_ROWLESS = frozenset({"past_key_values", "cache_position", "num_items_in_batch", "labels"})
+_ROWLESS = frozenset({*CACHE_ARGUMENTS, "num_items_in_batch", "labels"})
 """What reaches the layers but is not read row by row there."""
 
 
@@ -166,6 +167,10 @@ class Forward:
                 chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
                 continue
+            elif name == "cache_position":
+                # Layers are handed it to 5.3: to write into static caches, or to scale far positions, which
+                # are both refused with rows left out. Its length must be that of the rows.
+                chosen[name] = value[rows.reading[0]]
             elif name == "position_ids" and self.flash and value.ndim == 2 and len(value) == 1:
                 place = partial(_packed_positions, rows, value)
                 chosen[name] = self.once((name, id(value), id(rows)), (value, rows), place)

@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers import Cache
 
-from .cache import KEYLESS, KeyMap, become_short, is_empty, is_short, stored_keys
+from .cache import KeyMap, become_short, is_empty, is_short, stored_keys
+from .compat.transformers import (
+    CACHE_ARGUMENTS,
+    GROWING,
+    KEYLESS,
+    STATEFUL,
+    cache_in,
+    cache_name,
+    join_states,
+)
 
 _BATCH_DIMENSION = {
     "input_ids": 0,
@@ -31,7 +40,7 @@ _BATCH_DIMENSION = {
 }
 """Where the batch is in what a model hands its stack."""
 
-_SHARED = frozenset({"past_key_values", "cache_position"})
+_SHARED = frozenset({*CACHE_ARGUMENTS, "cache_position"})
 """What all groups are given as it is; the cache, a copy each."""
 
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -42,7 +51,7 @@ Run = Callable[[Sequence[int], Tensor, dict[str, Any]], Any]
 def can_group(stack: Any, layers: Sequence[int], call: dict[str, Any]) -> bool:
     """Whether a call of `stack` can be divided by rows: several insert layers, an empty cache or none,
     nothing recorded on the way, and no argument whose rows are unknown."""
-    past, mask = call.get("past_key_values"), call.get("attention_mask")
+    past, mask = cache_in(call), call.get("attention_mask")
     masks = mask.values() if isinstance(mask, dict) else [mask]
     if any(isinstance(each, BlockMask) for each in masks):
         return False
@@ -61,7 +70,7 @@ def can_group(stack: Any, layers: Sequence[int], call: dict[str, Any]) -> bool:
 
 def _can_join(cache: Cache) -> bool:
     kinds: set[Any] = {type(layer) for layer in cache.layers} | {cache.layer_class_to_replicate}
-    return not cache.offloading and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, *KEYLESS, None}
+    return not cache.offloading and kinds <= {*GROWING, *KEYLESS, None}
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -76,23 +85,24 @@ def in_groups(run: Run, layers: Sequence[int], multimodal: Tensor, call: dict[st
     """`run(layers, multimodal, call)` for each distinct layer of `layers` (B,), and what the stack returns,
     with all rows in their order."""
     groups = [[row for row, own in enumerate(layers) if own == layer] for layer in sorted(set(layers))]
-    cache = call.get("past_key_values")
+    cache = cache_in(call)
     places = [torch.tensor(rows, device=multimodal.device) for rows in groups]
     outputs = []
     caches: list[Any] = []
     for rows, index in zip(groups, places, strict=True):
         own = {name: _rows_of(name, value, index, len(layers), call) for name, value in call.items()}
         if cache is not None:
-            own["past_key_values"] = copy.deepcopy(cache)
+            own[cache_name(call)] = copy.deepcopy(cache)
         outputs.append(run([layers[rows[0]]] * len(rows), multimodal[index], own))
-        left = getattr(outputs[-1], "past_key_values", None)
-        caches.append(left if cache is None else own["past_key_values"])
+        caches.append(cache_in(outputs[-1]) if cache is None else cache_in(own))
     order = torch.argsort(torch.cat(places))
     whole = outputs[0]
     states = torch.cat([output.last_hidden_state for output in outputs])
     whole.last_hidden_state = states[order.to(states.device)]
     if caches[0] is not None:
-        whole.past_key_values = join_caches(caches[0] if cache is None else cache, caches, places)
+        joined = join_caches(caches[0] if cache is None else cache, caches, places)
+        if cache_in(whole) is not None:
+            setattr(whole, cache_name(whole), joined)
     return whole
 
 
@@ -118,8 +128,8 @@ def join_caches(cache: Cache, caches: Sequence[Cache], rows: Sequence[Tensor]) -
     maps: dict[tuple, KeyMap] = {}
     for index, layer in enumerate(cache.layers):
         parts: list[Any] = [part.layers[index] for part in caches]
-        if isinstance(layer, LinearAttentionLayer):
-            _join_states(layer, parts, torch.argsort(torch.cat(list(rows))))
+        if isinstance(layer, STATEFUL):
+            join_states(layer, parts, torch.argsort(torch.cat(list(rows))))
         elif not isinstance(layer, KEYLESS) and parts[0].is_initialized:
             _join_keys(layer, parts, rows, maps)
     return cache
@@ -169,19 +179,3 @@ def _left_padded(parts: Sequence[Tensor], rows: Sequence[Tensor], most: int, pad
         whole[own, :, :missing] = padding
         whole[own, :, missing:] = part
     return whole
-
-
-def _join_states(layer: Any, parts: Sequence[Any], order: Tensor) -> None:
-    """The states of a recurrent layer, which have one size whatever was skipped."""
-    for name, started in (
-        ("conv_states", "is_conv_states_initialized"),
-        ("recurrent_states", "is_recurrent_states_initialized"),
-    ):
-        for place, begun in getattr(parts[0], started).items():
-            if begun:
-                states = torch.cat([getattr(part, name)[place] for part in parts])
-                getattr(layer, name)[place] = states[order.to(states.device)]
-                getattr(layer, started)[place] = True
-    layer.device, layer.dtype = parts[0].device, parts[0].dtype
-    layer.has_previous_state = dict(parts[0].has_previous_state)
-    layer.conv_kernel_size = dict(parts[0].conv_kernel_size)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
+from .compat.transformers import adapter_config, file_beside, processor_without_video
 from .families import find_stack, placeholder_token_ids
 from .insertion import deep_insert, insert_at, insert_layer_of
 
@@ -198,7 +197,7 @@ def load_backbone(
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = torch.float32
     where = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-    if (adapter := find_adapter_config_file(str(path), **where)) is not None:
+    if (adapter := adapter_config(path, where)) is not None:
         base, inserted = adapter_facts(path, Path(adapter), where)
         rest = {name: value for name, value in from_pretrained.items() if name not in where}
         if Path(base).is_absolute() and not Path(base).is_dir():
@@ -220,7 +219,7 @@ def load_backbone(
 
 def adapter_facts(path: str | Path, config: Path, where: Mapping[str, Any]) -> tuple[str, int | None]:
     """The base model of an adapter and the insert layer it was trained at, None where that is not told."""
-    told = cached_file(path, ADAPTER_FACTS, _raise_exceptions_for_missing_entries=False, **where)
+    told = file_beside(path, ADAPTER_FACTS, where)
     if told is not None:
         facts = json.loads(Path(told).read_text("utf-8"))
         return facts["backbone"], facts["insert_layer"]
@@ -238,12 +237,10 @@ def load_processor(path: str | Path, config: PreTrainedConfig, **hub: Any) -> An
     """The model's processor; without its video half where torchvision, which only that needs, is missing."""
     try:
         return AutoProcessor.from_pretrained(path, **hub)
-    except ImportError as error:
-        if "VideoProcessor requires the Torchvision" not in str(error):
+    except ImportError:
+        without_video = None if find_spec("torchvision") else processor_without_video(config)
+        if without_video is None:
             raise
-    stock: Any = PROCESSOR_MAPPING[type(config)]
-    kept = [name for name in stock.get_attributes() if name != "video_processor"]
-    without_video: Any = type(stock.__name__, (stock,), {"get_attributes": classmethod(lambda cls: kept)})
     return without_video.from_pretrained(path, **hub)
 
 

@@ -16,9 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static, sees_all
+from .cache import (
+    LayerKeys,
+    UnsupportedCacheError,
+    check_can_continue,
+    holds_short_layers,
+    is_short_static,
+    sees_all,
+)
+from .compat.transformers import attention_of, cache_in, cache_name, foreign_cache
 from .families import (
     UnsupportedModelError,
     deepest_insert_layer,
@@ -100,7 +108,7 @@ class Insertion:
         if window is None or total <= window or (keys.length == 1 and keys.windowed):
             return
         raise UnsupportedModelError(
-            f"{self.stack.config._attn_implementation!r} measures the window of {window} positions of layer "
+            f"{attention_of(self.stack.config)!r} measures the window of {window} positions of layer "
             f"{index} in rows, which are fewer than the {total} positions: call "
             'model.set_attn_implementation("sdpa"), or insert at layer 0'
         )
@@ -220,7 +228,7 @@ class Insertion:
         if not torch.compiler.is_compiling():
             return self.plan_and_run(stock, args, kwargs, self.progress.seen)
         call = self.bind(args, kwargs)
-        past = call.get("past_key_values")
+        past = cache_in(call)
         untouched = self.insert_layer == 0 and not self.overrides and not holds_short_layers(past)
         if untouched or self.decodes_statically(call, past):
             return stock(*args, **kwargs)
@@ -247,7 +255,7 @@ class Insertion:
         try:
             if progress.driver is not None:
                 return progress.driver(stock, call, seen)
-            if max(layers) == 0 and not holds_short_layers(call.get("past_key_values")):
+            if max(layers) == 0 and not holds_short_layers(cache_in(call)):
                 return stock(*args, **kwargs)
             embeds = call.get("inputs_embeds")
             if embeds is None:
@@ -256,6 +264,7 @@ class Insertion:
             multimodal = self.multimodal(seen, embeds)
             if multimodal is not None:
                 self.check_recorded(call)
+                self.check_cache(call)
             per_row = _one_per_row(layers, embeds.shape[0])
             if multimodal is not None and can_group(self.stack, per_row, call):
                 return in_groups(partial(self.run, stock), per_row, multimodal, call)
@@ -271,6 +280,15 @@ class Insertion:
             raise ValueError(
                 f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the "
                 "loss that balances the experts cannot know; set it to False"
+            )
+
+    def check_cache(self, call: dict[str, Any]) -> None:
+        """Refuse a cache whose layers nothing is known of: their keys could not be told apart later."""
+        foreign = foreign_cache(call)
+        if foreign is not None:
+            raise UnsupportedCacheError(
+                f"{type(foreign).__name__} is no cache of transformers' own: use the default DynamicCache, "
+                "pass use_cache=False, or insert at layer 0"
             )
 
     def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
@@ -306,7 +324,7 @@ class Insertion:
             length=embeds.shape[1],
             stages={} if multimodal is None else self.plan(layers, multimodal, call),
             causal=self.causal,
-            flash="flash" in str(self.stack.config._attn_implementation),
+            flash="flash" in attention_of(self.stack.config),
             between=any(name.startswith("deepstack") and call[name] is not None for name in call),
             plan=plan,
         )
@@ -324,8 +342,8 @@ class Insertion:
         """Rows alive from each layer on at which that changes; real padding never enters a short layer."""
         deepest = max(layers)
         per_row = torch.tensor(layers, device=multimodal.device)
-        past = call.get("past_key_values")
-        seen = int(past.get_seq_length()) if isinstance(past, Cache) else 0
+        past = cache_in(call)
+        seen = 0 if past is None else int(past.get_seq_length())
         real = real_positions(call.get("attention_mask"), multimodal, seen)
         stages: dict[int, Rows | None] = {}
         for layer in sorted({0, *layers}):
@@ -356,7 +374,7 @@ class Insertion:
             return stock(*args, **kwargs)
         # Names, so that a tensor handed over by position is recognised too.
         call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
-        past: Any = call.get("past_key_values")
+        past = cache_in(call)
         if forward is None or (forward.whole_at(index) and is_short_static(past, index)):
             if forward is not None:
                 # Rows may join here: an earlier turn on this cache had them wait longer.
@@ -371,7 +389,7 @@ class Insertion:
         self, index: int, stock: Callable[..., Any], call: dict[str, Any], forward: Forward
     ) -> Any:
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
-        keys = LayerKeys(call.get("past_key_values"), index, forward.length)
+        keys = LayerKeys(cache_in(call), index, forward.length)
         if forward.flash and (forward.rows is not None or keys.short):
             self.check_window(index, keys)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
@@ -380,7 +398,7 @@ class Insertion:
             self.check_can_leave_out(index, call, keys, forward.rows)
             if self.recurrent[index] and forward.rows.empty:
                 # The dummies' state is nobody's.
-                call["past_key_values"] = None
+                call[cache_name(call)] = None
         columns = forward.columns(keys, hidden)
         output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
         if forward.rows is None:
@@ -394,7 +412,7 @@ class Insertion:
         """Raise where layer `index` or its cache cannot be given some rows only."""
         keys.check_can_skip(call.get("attention_mask"))
         if self.recurrent[index] and rows.ragged and not rows.empty:
-            check_can_continue(call.get("past_key_values"), index)
+            check_can_continue(cache_in(call), index)
         end = keys.past + keys.length
         if self.farthest is not None and end > self.farthest:
             raise UnsupportedModelError(
@@ -422,7 +440,7 @@ def _map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _on_static_cache(index: int, stock: Callable[..., Any], call: dict[str, Any], length: int) -> Any:
     """A layer called with all its rows, whose static cache may have holes."""
-    past: Any = call.get("past_key_values")
+    past = cache_in(call)
     if is_short_static(past, index):
         call["attention_mask"] = hide_holes(past.layers[index], call.get("attention_mask"), length)
     return stock(**call)

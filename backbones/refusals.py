@@ -12,15 +12,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
 
+from .compat.transformers import GROWING, INDEXED, KEYLESS, cached_as
 from .families import (
     ENCODER_DECODER,
     UnsupportedModelError,
@@ -31,7 +24,7 @@ from .families import (
 )
 from .positions import POSITION_ARGUMENTS
 
-_CACHED_PLAINLY = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+_CACHED_PLAINLY = (*GROWING, *KEYLESS)
 """Layers cached in other ways keep blocks, indices or several things of different lengths."""
 
 _INDEXER_SIZES = {"index_topk", "index_head_dim", "index_n_heads"}
@@ -76,9 +69,9 @@ def _reason(model: PreTrainedModel, stack: Any) -> str | None:
             "has attention that numbers the rows it is given: without the multimodal ones the others would "
             "move together"
         )
-    cached = (*_CACHED_PLAINLY, DynamicIndexedLayer) if _indexes_single_keys(stack) else _CACHED_PLAINLY
+    cached = (*_CACHED_PLAINLY, *INDEXED) if _indexes_single_keys(stack) else _CACHED_PLAINLY
     for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
-        if kind not in _CACHED_NOT_AT_ALL and DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in cached:
+        if kind not in _CACHED_NOT_AT_ALL and cached_as(kind) not in cached:
             return (
                 f"has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
                 "leaving rows out of them is not handled yet"

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .compat.transformers import CACHE_ARGUMENTS, attention_of, cache_name
 from .families import base_model_of, is_encoder_decoder
 from .insertion import insertion_of
 from .mechanism import Insertion
@@ -32,7 +33,7 @@ _ROWS = {"inputs_embeds": -2, "position_ids": -1, "visual_pos_masks": -1}
 """Where the rows are in what a stack is handed."""
 
 _ADDED_LATER = ("visual_pos_masks", "deepstack_visual_embeds")
-_REMADE = ("attention_mask", "cache_position", "past_key_values", "use_cache")
+_REMADE = ("attention_mask", "cache_position", "use_cache", *CACHE_ARGUMENTS)
 _GROWING_ROPE = {"dynamic", "longrope"}
 """Rotary positions that change with the prompt's length."""
 
@@ -256,7 +257,10 @@ class SharedPrefix:
         if placed is None:
             section.placed = seen.new_ones(count)
         own = rows_of(cache, None, 0)
-        given = {"attention_mask": mask(0, call["inputs_embeds"].dtype), "past_key_values": own}
+        given = {
+            "attention_mask": mask(0, call["inputs_embeds"].dtype),
+            cache_name(self.insertion.stack_arguments): own,
+        }
         with self.insertion.running(section):
             output = self.stock(**call, **given, use_cache=True)
         self.in_tuples = section.in_tuples
@@ -310,8 +314,8 @@ def check_can_share(model: Any, insertion: Insertion) -> None:
             set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         ),
         "its rotary positions change with the prompt's length": rope.get("rope_type") in _GROWING_ROPE,
-        f"its attention is {config._attn_implementation!r}, which takes no masks of 4 dimensions": (
-            config._attn_implementation not in ("sdpa", "eager")
+        f"its attention is {attention_of(config)!r}, which takes no masks of 4 dimensions": (
+            attention_of(config) not in ("sdpa", "eager")
         ),
         f"its forward needs {', '.join(needed)} with every text": bool(needed),
         "it is in training mode": model.training,

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticSlidingWindowLayer
+
+from .compat.torch import mark_static_address
+from .compat.transformers import UNREGISTERED
 
 
 @memoised
@@ -21,7 +23,6 @@ def _short_kind(kind: Any) -> type:
     """`kind`, a static cache layer, as one that has skipped tokens: `holes` (B, slots) is True where."""
 
     class Short(kind):
-        _layer_type = None
         holes: Tensor
 
         def reset(self) -> None:
@@ -33,6 +34,8 @@ def _short_kind(kind: Any) -> type:
             super().reorder_cache(beam_idx)
             self.holes = self.holes.index_select(0, beam_idx.to(self.holes.device))
 
+    for name, value in UNREGISTERED.items():
+        setattr(Short, name, value)
     Short.__name__ = Short.__qualname__ = f"Short{kind.__name__}"
     return Short
 
@@ -40,7 +43,7 @@ def _short_kind(kind: Any) -> type:
 def hide_holes(layer: Any, mask: Tensor | None, length: int) -> Tensor:
     """The stock mask of `length` new text rows, with the holes closed; a sliding window's holes move on."""
     holes = blocked = layer.holes
-    if isinstance(layer, StaticSlidingWindowLayer):
+    if layer.is_sliding:
         past, size = layer.cumulative_length_int, layer.max_cache_len
         if past + length > size:
             held = holes[:, 1:] if past >= size else holes[:, :past]
@@ -57,7 +60,7 @@ def hide_holes(layer: Any, mask: Tensor | None, length: int) -> Tensor:
 
 def _first_position(layer: Any, total: int) -> int:
     """Position of slot 0 when `total` positions have been seen."""
-    sliding = isinstance(layer, StaticSlidingWindowLayer)
+    sliding = layer.is_sliding
     return max(total - layer.max_cache_len, 0) if sliding else 0
 
 
@@ -71,7 +74,7 @@ def returned_columns(layer: Any, new: Tensor, past: int) -> Tensor:
     held = held.masked_fill(held >= past, -1)
     if hasattr(layer, "holes"):
         held = held.masked_fill(layer.holes, -1)
-    if isinstance(layer, StaticSlidingWindowLayer):
+    if layer.is_sliding:
         if past >= size:
             return torch.cat([held[:, 1:], new], dim=1)
         if past + new.shape[1] > size:
@@ -101,8 +104,8 @@ def lay_out(layer: Any, columns: Tensor, past: int, rows: int, length: int) -> N
         kind: Any = type(layer)
         layer.__class__ = _short_kind(kind)
         layer.holes = holes
-        torch._dynamo.mark_static_address(holes)
-    if isinstance(layer, StaticSlidingWindowLayer):
+        mark_static_address(holes)
+    if layer.is_sliding:
         layer.cumulative_length_int = total
         layer.cumulative_length.fill_(min(total, size))
     else:

@@ -15,12 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from backbones.compat.transformers import pil_image_processor
 
 TINY = Path(__file__).parents[1] / "backbones" / "tiny"
 
@@ -111,7 +107,8 @@ class QwenWithoutVideo(Qwen2_5_VLProcessor):
 
 
 def llava() -> Any:
-    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    kind = pil_image_processor("clip", "CLIP")
+    images = kind(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return LlavaProcessor(
         images,
         metaspace_tokenizer(),
@@ -123,7 +120,7 @@ def llava() -> Any:
 
 
 def llava_next() -> Any:
-    images = LlavaNextImageProcessorPil(
+    images = pil_image_processor("llava_next", "LlavaNext")(
         size={"shortest_edge": 28},
         crop_size={"height": 28, "width": 28},
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
@@ -139,7 +136,7 @@ def llava_next() -> Any:
 
 
 def onevision() -> Any:
-    images = LlavaOnevisionImageProcessorPil(
+    images = pil_image_processor("llava_onevision", "LlavaOnevision")(
         size={"height": 28, "width": 28}, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]]
     )
     return OnevisionWithoutVideo(
@@ -152,7 +149,7 @@ def onevision() -> Any:
 
 
 def qwen() -> Any:
-    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    images = pil_image_processor("qwen2_vl", "Qwen2VL")(min_pixels=28 * 28, max_pixels=56 * 56)
     return QwenWithoutVideo(images, byte_level_tokenizer("<|im_end|>"), chat_template=QWEN_TEMPLATE)
 
 

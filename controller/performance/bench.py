@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from backbones import CostModel, eq5_flops, load_backbone, remove_deep_insert
+from backbones.compat.transformers import attention_of
 
 from ..answers import generation_inputs
 from ..option_checks import BENCH_CASES, check, parse_cases, parse_layers
@@ -242,7 +243,7 @@ def measure_cell(
         "multimodal_tokens": batch.multimodal,
         "images": batch.images,
         "repeats": cell.repeats,
-        "attention": text_config._attn_implementation,
+        "attention": attention_of(text_config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "machine": machine(),

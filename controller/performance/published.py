@@ -11,13 +11,10 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    AutoModelForMultimodalLM,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedModel,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 Scale = Literal["published", "tiny"]
@@ -118,13 +115,12 @@ class Published:
     hub_id: str
     weights: int
     configuration: Callable[[Scale], Any]
-    model_class: Any
 
     def build(self, device: str | torch.device, dtype: torch.dtype, scale: Scale = "published") -> Any:
         """The model with random weights, made on `device` in `dtype`: no copy on the CPU. In eval mode."""
         torch.manual_seed(0)
         with torch.device(device):
-            model: PreTrainedModel = self.model_class._from_config(self.configuration(scale), dtype=dtype)
+            model = AutoModelForMultimodalLM.from_config(self.configuration(scale), dtype=dtype)
         model.generation_config.eos_token_id = None
         return model.eval()
 
@@ -171,16 +167,8 @@ def _qwen(scale: Scale) -> Qwen2_5_VLConfig:
 
 
 PUBLISHED = {
-    "llava-1.5-7b": Published(
-        "llava-hf/llava-1.5-7b-hf", 7_063_427_072, _llava(VICUNA_7B), LlavaForConditionalGeneration
-    ),
-    "llava-1.5-13b": Published(
-        "llava-hf/llava-1.5-13b-hf", 13_351_494_656, _llava(VICUNA_13B), LlavaForConditionalGeneration
-    ),
-    "llava-next-7b": Published(
-        "llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648, _llava_next, LlavaNextForConditionalGeneration
-    ),
-    "qwen2.5-vl-7b": Published(
-        "Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, _qwen, Qwen2_5_VLForConditionalGeneration
-    ),
+    "llava-1.5-7b": Published("llava-hf/llava-1.5-7b-hf", 7_063_427_072, _llava(VICUNA_7B)),
+    "llava-1.5-13b": Published("llava-hf/llava-1.5-13b-hf", 13_351_494_656, _llava(VICUNA_13B)),
+    "llava-next-7b": Published("llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648, _llava_next),
+    "qwen2.5-vl-7b": Published("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, _qwen),
 }

@@ -18,8 +18,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from backbones.compat.transformers import pil_image_processor
 from envs.rendered_text import text_question
 from envs.rendering import SIZE, SOURCES, draw_scene, questions
 
@@ -112,7 +112,7 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 def build_processor(seed: int = 0) -> LlavaProcessor:
     """Tokenizer, image processor (64 x 64 pixels in [-1, 1]) and chat template."""
-    image_processor = CLIPImageProcessorPil(
+    image_processor = pil_image_processor("clip", "CLIP")(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
         image_mean=[0.5, 0.5, 0.5],

@@ -20,7 +20,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
+
+from backbones.compat.accelerate import uses_fsdp
+from backbones.compat.trainer import RNG_STATE, SeamTrainer
 
 from ..runs import sync
 from .manifest import MANIFEST, CheckpointError, check_whole, manifest_files, write_manifest
@@ -135,7 +138,7 @@ def decided_by_one(decide: Callable[[], Answer], leader: bool) -> Answer:
     return answer[0]
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(SeamTrainer):
     """A `Trainer` whose checkpoints are complete or ignored and restore every weight.
 
     `identity` goes into each manifest: what is trained on what. A full or read-only disk is a `StorageError`
@@ -170,21 +173,14 @@ class ResumableTrainer(Trainer):
             )
         return str(newest)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the stock one, which would play one more step after a checkpoint of the last."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.training_folder / f"checkpoint-{self.state.global_step}"
         try:
             with naming_storage(folder, lambda: how_to_continue(self.training_folder)):
                 if self.args.should_save:
                     remove_checkpoint(folder)  # what a kill left must not mix with this one
                 self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
+                super().save_checkpoint(model, trial)
                 # A process that failed never comes here, so that no manifest is written without its files.
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -198,26 +194,25 @@ class ResumableTrainer(Trainer):
     def _declare_complete(self, folder: Path) -> None:
         processes = self.args.world_size
         ranks = [f"_{rank}" for rank in range(processes)] if processes > 1 else [""]
-        absent = [name for rank in ranks if not (folder / (name := f"rng_state{rank}.pth")).is_file()]
+        absent = [name for rank in ranks if not (folder / (name := RNG_STATE.format(process=rank))).is_file()]
         if absent and not self.args.save_on_each_node:
             raise CheckpointError(
                 f"{folder} has no {absent[0]}: --out must be a folder that all processes share"
             )
         write_manifest(folder, step=self.state.global_step, processes=processes, identity=self.identity)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
         """Restore the weights. The stock method loads a multimodal model's file under the names it has on
         disk, which are not those in memory, and restores nothing; `from_pretrained` knows both. Adapters, and
         what FSDP has sharded, it restores rightly."""
         target: Any = self.model if model is None else model
-        if isinstance(target, PeftModel) or not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharded = uses_fsdp(self.accelerator.state)
+        if isinstance(target, PeftModel) or not isinstance(target, PreTrainedModel) or sharded:
+            return super().load_weights(checkpoint, model)
         kind: Any = type(target)
-        restored, report = kind.from_pretrained(
-            resume_from_checkpoint, dtype=target.dtype, output_loading_info=True
-        )
+        restored, report = kind.from_pretrained(checkpoint, dtype=target.dtype, output_loading_info=True)
         lost = {kind: keys for kind, keys in report.items() if kind.endswith("_keys") and keys}
         if lost:
-            raise CheckpointError(f"{resume_from_checkpoint} does not hold this model's weights: {lost}")
+            raise CheckpointError(f"{checkpoint} does not hold this model's weights: {lost}")
         with torch.no_grad():
             target.load_state_dict(restored.state_dict(), strict=True)

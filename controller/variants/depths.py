@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones import Backbone, insert_at
+from backbones.compat.accelerate import is_sharded
 from envs.prompts import IGNORED, Prompt
 
 from ..option_checks import parse_layers
@@ -119,14 +120,14 @@ class DepthSampler:
         if not model.training:
             return stock(model, inputs, True, num_items_in_batch)
         state = trainer.state
-        if is_sharded(trainer):
+        if is_sharded(trainer.accelerator.state):
             layers = [self.of_step(state.global_step)]
         else:
             layers = self.rows(positions, int(state.epoch or 0))
         with insert_at(trainer.accelerator.unwrap_model(model), layers if len(layers) > 1 else layers[0]):
             loss, outputs = stock(model, inputs, True, num_items_in_batch)
         taught = self.multimodal[positions] & (np.array(layers) > 0)
-        if self.distillation and (is_sharded(trainer) or taught.any()):
+        if self.distillation and (is_sharded(trainer.accelerator.state) or taught.any()):
             loss = loss + self._distilled(trainer, model, inputs, outputs, taught, num_items_in_batch)
         return loss, outputs
 
@@ -151,7 +152,7 @@ class DepthSampler:
         asked = {name: value for name, value in inputs.items() if name != "labels"}
         stock = trainer.accelerator.unwrap_model(model)
         # A call of the wrapper is one that all processes must make: DDP's shares its buffers.
-        called = model if is_sharded(trainer) else stock
+        called = model if is_sharded(trainer.accelerator.state) else stock
         model.eval()  # the teacher answers without dropout
         with torch.no_grad(), insert_at(stock, 0):
             teacher = called(**asked).logits[:, :-1][kept]
@@ -165,12 +166,6 @@ class DepthSampler:
         change = self.distillation * (divergence - own) / items
         # As the Trainer does, whose gradients are averaged over processes.
         return change * trainer.accelerator.num_processes if counted else change
-
-
-def is_sharded(trainer: Any) -> bool:
-    """Whether processes hold parts of the weights each (FSDP, ZeRO-3) and gather a layer's to run it."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
 def make_depths(

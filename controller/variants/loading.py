@@ -14,10 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from backbones import Backbone, load_backbone
+from backbones.compat.accelerate import is_sharded
 from backbones.loading import TINY
 
 from ..options import FinetuneOptions
-from .depths import fixed_layer, is_sharded
+from .depths import fixed_layer
 from .parts import encoders, projectors
 from .recipe import ADAPTERS, computes_in_bfloat16, make_trainable, process_count
 from .trainer import VariantTrainer
@@ -100,7 +101,7 @@ def unquantised(options: FinetuneOptions) -> Callable[[], Backbone] | None:
 def trained_model(trainer: VariantTrainer, options: FinetuneOptions) -> Any:
     """The trained model in one piece. Where processes hold parts of it each, the first gathers them into a
     model of its own, and the others get None."""
-    if not is_sharded(trainer):
+    if not is_sharded(trainer.accelerator.state):
         return trainer.accelerator.unwrap_model(trainer.model)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index != 0:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+
+from backbones.compat.peft import adapted
+from backbones.compat.trainer import (
+    drive_one_device,
+    installed_reporters,
+    known_reporters,
+    recomputing,
+)
 
 from ..options import FinetuneOptions
 from .parts import encoders, frozen_modules, lora_targets, projectors
@@ -72,14 +79,11 @@ def add_adapter(model: PreTrainedModel, options: FinetuneOptions, frozen: dict[s
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # PEFT asks the model by a name that transformers has begun to replace.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        adapted = get_peft_model(model, config)
-    for weight in adapted.parameters():
+    trained = adapted(model, config)
+    for weight in trained.parameters():
         if weight.requires_grad:  # PEFT widens LoRA's alone; in bfloat16 small updates are lost
             weight.data = weight.data.float()
-    return adapted
+    return trained
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -185,13 +189,11 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=0,
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=idle_projector,
+        **recomputing(options.gradient_checkpointing),
     )
-    # One process drives one device; DataParallel over every GPU in sight would split the batch silently.
     if device.type == "cuda":
-        arguments._n_gpu = 1
+        drive_one_device(arguments)
     return arguments
 
 
@@ -200,14 +202,11 @@ def reporters(text: str) -> list[str]:
 
     Raises `ValueError` for a name that the Trainer does not know, or whose package is not installed.
     """
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
     names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none", "tensorboard")]
     for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(["none", *sorted(INTEGRATION_TO_CALLBACK)])
+        if name not in known_reporters():
+            known = ", ".join(["none", *sorted(known_reporters())])
             raise ValueError(f"--report-to {name}: give one of {known}")
-        if name not in get_available_reporting_integrations():
+        if name not in installed_reporters():
             raise ValueError(f"--report-to {name}: its package is not installed; pip install {name}")
     return names

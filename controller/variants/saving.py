@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from backbones import Backbone
+from backbones.compat.peft import CARD as PEFT_CARD
 from backbones.insertion import CONFIG_KEY
 from backbones.loading import ADAPTER_FACTS
 from envs.instructions import InstructionData
@@ -19,7 +20,7 @@ from envs.instructions import InstructionData
 from ..options import FinetuneOptions
 from ..runs import versions, write_json
 from .checkpoints import replacing_folder
-from .manifest import CARD, sha256, write_manifest
+from .manifest import sha256, write_manifest
 from .model_card import Facts, write_card
 
 
@@ -44,7 +45,7 @@ def save_variant(
         adapter = str(out / "adapter")
         with replacing_folder(out / "adapter") as folder:
             model.save_pretrained(str(folder))
-            (folder / CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
+            (folder / PEFT_CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
             base = Path(backbone.name)
             name = str(base.resolve()) if base.is_dir() else backbone.name
             facts = getattr(backbone.model.config, CONFIG_KEY)

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from backbones.compat.accelerate import is_sharded, uses_fsdp, wrap_layers
+from backbones.compat.torch import can_reduce_unused, reduce_unused
 from backbones.families import find_stack
 
 from ..runs import progress, replacing
 from .batches import PromptDataset, PromptOrder
 from .checkpoints import ResumableTrainer
-from .depths import DepthSampler, is_sharded
+from .depths import DepthSampler
 from .event_file import EventFile
 from .recipe import parameter_groups
 
 FEW_STEPS = 10
-REDUCES_UNUSED = "set_reduce_scatter_unused_params"  # of `FSDPModule` since torch 2.13
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 
 
@@ -54,15 +54,12 @@ class VariantTrainer(ResumableTrainer):
         self.group_by = group_by
         self.depths = depths
         self.last_log = time.perf_counter()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            # By default encoder layers would be too, which a process whose batch has no image never calls.
-            model: Any = self.model
-            layers = find_stack(model).layers
-            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+        # By default encoder layers would be too, which a process whose batch has no image never calls.
+        model: Any = self.model
+        wrap_layers(self.accelerator.state, find_stack(model).layers)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if is_sharded(self):
+        if is_sharded(self.accelerator.state):
             self._prepare_uneven_batches()
         return super().train(*args, **kwargs)
 
@@ -74,7 +71,7 @@ class VariantTrainer(ResumableTrainer):
             return
         if len({bool(prompt.images) for prompt in dataset.prompts}) == 1:
             return
-        if not self.is_fsdp_enabled or not hasattr(FSDPModule, REDUCES_UNUSED):
+        if not uses_fsdp(self.accelerator.state) or not can_reduce_unused():
             raise ValueError(
                 "prompts with and without images, on processes that hold parts of the weights each: give "
                 "--group-by modality-length, so that all have images in a step or none has"
@@ -92,10 +89,9 @@ class VariantTrainer(ResumableTrainer):
             self.optimizer = kind(parameter_groups(trained, *rates, self.args.weight_decay), **settings)
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def train_sampler(self, dataset: Dataset[Any] | None) -> Sampler[int] | None:
         if not isinstance(dataset, PromptDataset):
-            return super()._get_train_sampler(train_dataset)
+            return super().train_sampler(dataset)
         return PromptOrder(
             dataset.prompts,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
@@ -146,9 +142,7 @@ class ReducesUnused(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for module in kwargs["model"].modules():
-            if isinstance(module, FSDPModule):
-                getattr(module, REDUCES_UNUSED)(True)
+        reduce_unused(kwargs["model"])
 
 
 class LossLog(TrainerCallback):

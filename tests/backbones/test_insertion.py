@@ -321,7 +321,9 @@ def test_peft_with_trained_embeddings(family, stock):
     plain = deep_insert(copy.deepcopy(stock), 3)
     for rows in (ROWS, [(5,), (3,)]):
         inputs = family.batch(stock, rows, "left")
-        assert torch.equal(logits_of(model, inputs), logits_of(plain, inputs))
+        # Not bit for bit: where PEFT has wrapped them, stock models round otherwise on some processors too.
+        got, expected = logits_of(model, inputs), logits_of(plain, inputs)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_hidden_states_have_full_length(family, stock, inserted):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from zoo import FAMILIES, TEXT, logits_of
 
 from backbones import load_backbone
+from backbones.compat.transformers import pil_image_processor
 from backbones.loading import TINY
 
 
@@ -63,9 +63,8 @@ def test_a_processor_whose_video_half_needs_torchvision(tmp_path):
     stock = family.model()
     stock.save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(TINY).save_pretrained(tmp_path)
-    Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 256, "longest_edge": 1024}).save_pretrained(
-        tmp_path
-    )
+    kind = pil_image_processor("qwen2_vl", "Qwen2VL")
+    kind(patch_size=4, size={"shortest_edge": 256, "longest_edge": 1024}).save_pretrained(tmp_path)
     _edit(tmp_path / "tokenizer_config.json", processor_class="Qwen2_5_VLProcessor")
     _edit(tmp_path / "preprocessor_config.json", processor_class="Qwen2_5_VLProcessor")
     backbone = load_backbone(tmp_path, device="cpu")

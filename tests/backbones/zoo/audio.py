@@ -5,21 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    GraniteSpeechConfig,
-    GraniteSpeechForConditionalGeneration,
-    GraniteSpeechPlusConfig,
-    GraniteSpeechPlusForConditionalGeneration,
-    Nemotron3_5TranscribeConfig,
-    Nemotron3_5TranscribeForConditionalGeneration,
-    Phi4MultimodalAudioConfig,
-    Phi4MultimodalConfig,
-    Phi4MultimodalForCausalLM,
-    Phi4MultimodalVisionConfig,
-    PreTrainedModel,
-    VibeVoiceAsrConfig,
-    VibeVoiceAsrForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 
@@ -62,11 +49,13 @@ def _granite(config_class: Any, model_class: type[PreTrainedModel], **encoder: A
 
 
 def _granite_speech() -> PreTrainedModel:
-    return _granite(GraniteSpeechConfig, GraniteSpeechForConditionalGeneration)
+    return _granite(hf.GraniteSpeechConfig, hf.GraniteSpeechForConditionalGeneration)
 
 
 def _granite_speech_plus() -> PreTrainedModel:
-    return _granite(GraniteSpeechPlusConfig, GraniteSpeechPlusForConditionalGeneration, cat_hidden_layers=[1])
+    return _granite(
+        hf.GraniteSpeechPlusConfig, hf.GraniteSpeechPlusForConditionalGeneration, cat_hidden_layers=[1]
+    )
 
 
 def _vibevoice_asr() -> PreTrainedModel:
@@ -81,8 +70,8 @@ def _vibevoice_asr() -> PreTrainedModel:
             "vae_std": 0.0,
         }
 
-    return VibeVoiceAsrForConditionalGeneration(
-        VibeVoiceAsrConfig(
+    return hf.VibeVoiceAsrForConditionalGeneration(
+        hf.VibeVoiceAsrConfig(
             text_config={"model_type": "qwen2", **TEXT},
             acoustic_tokenizer_encoder_config=tokenizer(16),
             semantic_tokenizer_encoder_config=tokenizer(24),
@@ -137,8 +126,8 @@ def _nemo_speechlm() -> PreTrainedModel:
         "vocab_size": 8,
         "blank_token_id": 7,
     }
-    return Nemotron3_5TranscribeForConditionalGeneration(
-        Nemotron3_5TranscribeConfig(
+    return hf.Nemotron3_5TranscribeForConditionalGeneration(
+        hf.Nemotron3_5TranscribeConfig(
             text_config=text,
             audio_config={"asr_config": encoder, "diarization_config": diarization},
             word_timestamp_config=words,
@@ -148,7 +137,7 @@ def _nemo_speechlm() -> PreTrainedModel:
 
 
 def _phi4() -> PreTrainedModel:
-    audio = Phi4MultimodalAudioConfig(
+    audio = hf.Phi4MultimodalAudioConfig(
         input_size=MELS,
         num_blocks=2,
         hidden_size=32,
@@ -160,11 +149,11 @@ def _phi4() -> PreTrainedModel:
         time_reduction=4,
         audio_token_id=PLACEHOLDER + 1,
     )
-    vision = Phi4MultimodalVisionConfig(
+    vision = hf.Phi4MultimodalVisionConfig(
         **VISION | {"patch_size": 4}, crop_size=16, image_token_id=PLACEHOLDER
     )
-    return Phi4MultimodalForCausalLM(
-        Phi4MultimodalConfig(vision_config=vision, audio_config=audio, sliding_window=16, **TEXT)
+    return hf.Phi4MultimodalForCausalLM(
+        hf.Phi4MultimodalConfig(vision_config=vision, audio_config=audio, sliding_window=16, **TEXT)
     )
 
 

@@ -5,20 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    InstructBlipVideoConfig,
-    InstructBlipVideoForConditionalGeneration,
-    Kosmos2_5Config,
-    Kosmos2_5ForConditionalGeneration,
-    Kosmos2Config,
-    Kosmos2ForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .family import PAD, PLACEHOLDER, TEXT, VISION, WORDS, Family, Media, Refused, flat, noise
 
@@ -62,8 +51,8 @@ PADDING_COUNTED = (
 
 
 def _blip2(text: dict[str, Any]) -> PreTrainedModel:
-    return Blip2ForConditionalGeneration(
-        Blip2Config(
+    return hf.Blip2ForConditionalGeneration(
+        hf.Blip2Config(
             text_config=text,
             vision_config=VISION,
             qformer_config=QFORMER,
@@ -79,8 +68,8 @@ def _blip2_opt() -> PreTrainedModel:
 
 
 def _instructblip(text: dict[str, Any]) -> PreTrainedModel:
-    return InstructBlipForConditionalGeneration(
-        InstructBlipConfig(
+    return hf.InstructBlipForConditionalGeneration(
+        hf.InstructBlipConfig(
             text_config=text,
             vision_config=VISION,
             qformer_config=QFORMER,
@@ -95,8 +84,8 @@ def _instructblip_llama() -> PreTrainedModel:
 
 
 def _instructblipvideo() -> PreTrainedModel:
-    return InstructBlipVideoForConditionalGeneration(
-        InstructBlipVideoConfig(
+    return hf.InstructBlipVideoForConditionalGeneration(
+        hf.InstructBlipVideoConfig(
             text_config={"model_type": "llama", **TEXT},
             vision_config=VISION,
             qformer_config=QFORMER,
@@ -120,8 +109,8 @@ KOSMOS_TEXT: dict[str, Any] = {
 
 
 def _kosmos2() -> PreTrainedModel:
-    return Kosmos2ForConditionalGeneration(
-        Kosmos2Config(text_config=KOSMOS_TEXT, vision_config=VISION, latent_query_num=QUERIES)
+    return hf.Kosmos2ForConditionalGeneration(
+        hf.Kosmos2Config(text_config=KOSMOS_TEXT, vision_config=VISION, latent_query_num=QUERIES)
     )
 
 
@@ -135,8 +124,8 @@ def _kosmos2_5() -> PreTrainedModel:
         "num_attention_heads": 4,
         "max_num_patches": 16,
     }
-    return Kosmos2_5ForConditionalGeneration(
-        Kosmos2_5Config(text_config=KOSMOS_TEXT, vision_config=vision, latent_query_num=QUERIES)
+    return hf.Kosmos2_5ForConditionalGeneration(
+        hf.Kosmos2_5Config(text_config=KOSMOS_TEXT, vision_config=vision, latent_query_num=QUERIES)
     )
 
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    AyaVisionConfig,
-    AyaVisionForConditionalGeneration,
-    Cohere2VisionConfig,
-    Cohere2VisionForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family
 from .internvl_like import tiles
@@ -27,16 +22,16 @@ COHERE2: dict[str, Any] = {
 
 
 def _aya_vision() -> PreTrainedModel:
-    return AyaVisionForConditionalGeneration(
-        AyaVisionConfig(
+    return hf.AyaVisionForConditionalGeneration(
+        hf.AyaVisionConfig(
             text_config=COHERE2, vision_config={**SIGLIP, "patch_size": 4}, image_token_id=PLACEHOLDER
         )
     )
 
 
 def _cohere2_vision() -> PreTrainedModel:
-    return Cohere2VisionForConditionalGeneration(
-        Cohere2VisionConfig(
+    return hf.Cohere2VisionForConditionalGeneration(
+        hf.Cohere2VisionConfig(
             text_config=COHERE2,
             vision_config={**SIGLIP, "patch_size": 4},
             alignment_intermediate_size=64,

@@ -5,19 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    DeepseekOcr2Config,
-    DeepseekOcr2ForConditionalGeneration,
-    DeepseekVLConfig,
-    DeepseekVLForConditionalGeneration,
-    DeepseekVLHybridConfig,
-    DeepseekVLHybridForConditionalGeneration,
-    JanusConfig,
-    JanusForConditionalGeneration,
-    PreTrainedModel,
-    UnlimitedOcrConfig,
-    UnlimitedOcrForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, Refused, flat, noise
 from .llava_like import SIGLIP, square_images
@@ -40,14 +29,14 @@ SAM: dict[str, Any] = {
 
 
 def _deepseek_vl() -> PreTrainedModel:
-    return DeepseekVLForConditionalGeneration(
-        DeepseekVLConfig(text_config=LLAMA, vision_config=SIGLIP, image_token_id=PLACEHOLDER)
+    return hf.DeepseekVLForConditionalGeneration(
+        hf.DeepseekVLConfig(text_config=LLAMA, vision_config=SIGLIP, image_token_id=PLACEHOLDER)
     )
 
 
 def _deepseek_vl_hybrid() -> PreTrainedModel:
-    return DeepseekVLHybridForConditionalGeneration(
-        DeepseekVLHybridConfig(
+    return hf.DeepseekVLHybridForConditionalGeneration(
+        hf.DeepseekVLHybridConfig(
             text_config=LLAMA,
             vision_config=SIGLIP,
             high_res_vision_config={"model_type": "sam_vision_model", **SAM},
@@ -69,8 +58,8 @@ EXPERTS: dict[str, Any] = {
 def _deepseek_ocr2() -> PreTrainedModel:
     tower = {**SAM, "image_size": 16, "patch_size": 2, "downsample_channels": [16, 32]}
     encoder = {**TEXT, "num_hidden_layers": 2}
-    return DeepseekOcr2ForConditionalGeneration(
-        DeepseekOcr2Config(
+    return hf.DeepseekOcr2ForConditionalGeneration(
+        hf.DeepseekOcr2Config(
             text_config=EXPERTS,
             vision_config={"sam_config": tower, "encoder_config": encoder},
             image_token_id=PLACEHOLDER,
@@ -81,8 +70,8 @@ def _deepseek_ocr2() -> PreTrainedModel:
 def _unlimited_ocr() -> PreTrainedModel:
     tower = {**SAM, "image_size": 16, "patch_size": 2, "downsample_channels": [16, 32]}
     encoder = {**VISION, "image_size": 16}
-    return UnlimitedOcrForConditionalGeneration(
-        UnlimitedOcrConfig(
+    return hf.UnlimitedOcrForConditionalGeneration(
+        hf.UnlimitedOcrConfig(
             text_config={**EXPERTS, "sliding_window": 6},
             vision_config={"sam_config": tower, "encoder_config": encoder},
             image_token_id=PLACEHOLDER,
@@ -100,8 +89,8 @@ def _janus() -> PreTrainedModel:
         "projection_dim": 32,
         "image_token_embed_dim": 32,
     }
-    return JanusForConditionalGeneration(
-        JanusConfig(
+    return hf.JanusForConditionalGeneration(
+        hf.JanusConfig(
             text_config=LLAMA,
             vision_config={**VISION, "projection_dim": 32, "num_image_tokens": 4},
             vq_config=drawing,

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from transformers import (
-    CohereCompassConfig,
-    CohereCompassForConditionalGeneration,
-    Cosmos3OmniConfig,
-    Cosmos3OmniForConditionalGeneration,
-    PreTrainedModel,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import LAYERS, TEXT, Family
 from .grids import SPECIAL, VISUAL, modalities, patched
@@ -24,23 +15,23 @@ DEEP_VISION = {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexe
 
 def _qwen3_vl() -> PreTrainedModel:
     text = {**TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED}
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
+    return hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
     )
 
 
 def _qwen3_vl_moe() -> PreTrainedModel:
     text = {**TEXT, **EXPERTS, "head_dim": 8, "rope_parameters": INTERLEAVED, "mlp_only_layers": [1]}
-    return Qwen3VLMoeForConditionalGeneration(
-        Qwen3VLMoeConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
+    return hf.Qwen3VLMoeForConditionalGeneration(
+        hf.Qwen3VLMoeConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
     )
 
 
 def _cosmos3_omni() -> PreTrainedModel:
     text = {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 8, "rope_parameters": INTERLEAVED}
     vision = {"model_type": "qwen3_vl_vision", **DEEP_VISION}
-    return Cosmos3OmniForConditionalGeneration(
-        Cosmos3OmniConfig(text_config=text, vision_config=vision, **SPECIAL)
+    return hf.Cosmos3OmniForConditionalGeneration(
+        hf.Cosmos3OmniConfig(text_config=text, vision_config=vision, **SPECIAL)
     )
 
 
@@ -52,8 +43,8 @@ def _cohere_compass() -> PreTrainedModel:
         "rope_parameters": {"sliding_attention": INTERLEAVED, "full_attention": None},
         "logit_scale": 2.0,
     }
-    return CohereCompassForConditionalGeneration(
-        CohereCompassConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
+    return hf.CohereCompassForConditionalGeneration(
+        hf.CohereCompassConfig(text_config=text, vision_config=DEEP_VISION, **SPECIAL)
     )
 
 

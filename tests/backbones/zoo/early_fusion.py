@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    ChameleonConfig,
-    ChameleonForConditionalGeneration,
-    Emu3Config,
-    Emu3ForConditionalGeneration,
-    FuyuConfig,
-    FuyuForCausalLM,
-    Llama4Config,
-    Llama4ForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 from .llava_like import square_images
@@ -27,8 +18,8 @@ VOCABULARY = TEXT["vocab_size"] + 1 + CODES
 
 def _chameleon() -> PreTrainedModel:
     codes = {f"IMGIMG{'ABCDEFGH'[n]}Z": LINE_END + 1 + n for n in range(CODES)}
-    return ChameleonForConditionalGeneration(
-        ChameleonConfig(
+    return hf.ChameleonForConditionalGeneration(
+        hf.ChameleonConfig(
             **{**TEXT, "vocab_size": VOCABULARY},
             vocabulary_map={"<image>": PLACEHOLDER, **codes},
             vq_config={
@@ -46,8 +37,8 @@ def _chameleon() -> PreTrainedModel:
 
 def _emu3() -> PreTrainedModel:
     codes = {f"<|visual token {n:06d}|>": LINE_END + 1 + n for n in range(CODES)}
-    return Emu3ForConditionalGeneration(
-        Emu3Config(
+    return hf.Emu3ForConditionalGeneration(
+        hf.Emu3Config(
             text_config={**TEXT, "vocab_size": VOCABULARY, "attention_dropout": 0.0},
             vocabulary_map={"<image>": PLACEHOLDER, "<|extra_200|>": LINE_END, **codes},
             vq_config={
@@ -63,8 +54,8 @@ def _emu3() -> PreTrainedModel:
 
 
 def _fuyu() -> PreTrainedModel:
-    return FuyuForCausalLM(
-        FuyuConfig(
+    return hf.FuyuForCausalLM(
+        hf.FuyuConfig(
             text_config={"model_type": "persimmon", **TEXT, "qk_layernorm": True},
             image_token_id=PLACEHOLDER,
             image_size=16,
@@ -74,8 +65,8 @@ def _fuyu() -> PreTrainedModel:
 
 
 def _llama4() -> PreTrainedModel:
-    return Llama4ForConditionalGeneration(
-        Llama4Config(
+    return hf.Llama4ForConditionalGeneration(
+        hf.Llama4Config(
             text_config={
                 **TEXT,
                 "intermediate_size_mlp": 48,

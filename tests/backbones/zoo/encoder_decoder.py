@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    Florence2Config,
-    Florence2ForConditionalGeneration,
-    Pix2StructConfig,
-    Pix2StructForConditionalGeneration,
-    PPFormulaNetConfig,
-    PPFormulaNetForConditionalGeneration,
-    PreTrainedModel,
-    T5Gemma2Config,
-    T5Gemma2ForConditionalGeneration,
-    UdopConfig,
-    UdopForConditionalGeneration,
-    VisionEncoderDecoderConfig,
-    VisionEncoderDecoderModel,
-    ViTConfig,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, WORDS, Family, Media, Refused, flat, noise
 from .llava_like import square_images
@@ -39,13 +24,13 @@ def _pix2struct() -> PreTrainedModel:
         "num_attention_heads": 4,
         "seq_len": 8,
     }
-    return Pix2StructForConditionalGeneration(
-        Pix2StructConfig(text_config={"hidden_size": 32, **T5}, vision_config=vision)
+    return hf.Pix2StructForConditionalGeneration(
+        hf.Pix2StructConfig(text_config={"hidden_size": 32, **T5}, vision_config=vision)
     )
 
 
 def _udop() -> PreTrainedModel:
-    return UdopForConditionalGeneration(UdopConfig(d_model=32, image_size=16, patch_size=8, **T5))
+    return hf.UdopForConditionalGeneration(hf.UdopConfig(d_model=32, image_size=16, patch_size=8, **T5))
 
 
 def _pp_formulanet() -> PreTrainedModel:
@@ -71,7 +56,9 @@ def _pp_formulanet() -> PreTrainedModel:
         "post_conv_out_channels": 16,
         "decoder_hidden_size": 32,
     }
-    return PPFormulaNetForConditionalGeneration(PPFormulaNetConfig(text_config=text, vision_config=vision))
+    return hf.PPFormulaNetForConditionalGeneration(
+        hf.PPFormulaNetConfig(text_config=text, vision_config=vision)
+    )
 
 
 def _t5gemma2() -> PreTrainedModel:
@@ -89,13 +76,13 @@ def _t5gemma2() -> PreTrainedModel:
         "mm_tokens_per_image": 4,
     }
     decoder = text | {"num_hidden_layers": 2, "layer_types": text["layer_types"][:2]}
-    return T5Gemma2ForConditionalGeneration(
-        T5Gemma2Config(encoder=encoder, decoder=decoder, image_token_index=PLACEHOLDER)
+    return hf.T5Gemma2ForConditionalGeneration(
+        hf.T5Gemma2Config(encoder=encoder, decoder=decoder, image_token_index=PLACEHOLDER)
     )
 
 
 def _vision_encoder_decoder() -> PreTrainedModel:
-    text = BertConfig(
+    text = hf.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -104,8 +91,8 @@ def _vision_encoder_decoder() -> PreTrainedModel:
         is_decoder=True,
         add_cross_attention=True,
     )
-    return VisionEncoderDecoderModel(
-        VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**VISION), text)
+    return hf.VisionEncoderDecoderModel(
+        hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**VISION), text)
     )
 
 
@@ -135,8 +122,8 @@ def _florence2() -> PreTrainedModel:
         "window_size": 4,
         "patch_stride": [2, 2, 2, 2],
     }
-    return Florence2ForConditionalGeneration(
-        Florence2Config(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
+    return hf.Florence2ForConditionalGeneration(
+        hf.Florence2Config(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
     )
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Ernie4_5_VLMoeConfig,
-    Ernie4_5_VLMoeForConditionalGeneration,
-    PaddleOCRVLConfig,
-    PaddleOCRVLForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .family import LAYERS, PLACEHOLDER, TEXT, Family, Media
 from .grids import END, SPECIAL, START, VIDEO, VISUAL, modalities, patched
@@ -36,8 +31,8 @@ def _ernie() -> PreTrainedModel:
         "video_start_token_id": START + 2,
         "video_end_token_id": END + 2,
     }
-    return Ernie4_5_VLMoeForConditionalGeneration(
-        Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision, **special)
+    return hf.Ernie4_5_VLMoeForConditionalGeneration(
+        hf.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision, **special)
     )
 
 
@@ -59,8 +54,8 @@ def _paddleocr_vl() -> PreTrainedModel:
         "patch_size": 4,
     }
     text = {**TEXT, "head_dim": 8, "rope_parameters": ROTARY}
-    return PaddleOCRVLForConditionalGeneration(
-        PaddleOCRVLConfig(text_config=text, vision_config=vision, **SPECIAL)
+    return hf.PaddleOCRVLForConditionalGeneration(
+        hf.PaddleOCRVLConfig(text_config=text, vision_config=vision, **SPECIAL)
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from transformers import Exaone4_5_Config, Exaone4_5_ForConditionalGeneration, PreTrainedModel
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import TEXT, Family
 from .grid_towers import PLACEHOLDERS, WINDOWED
@@ -12,8 +13,8 @@ from .grids import VISUAL, patched
 def _exaone4_5() -> PreTrainedModel:
     text = {"model_type": "exaone4", **TEXT, "sliding_window": 6, "sliding_window_pattern": 2}
     vision = {**WINDOWED, "num_key_value_heads": 2}
-    return Exaone4_5_ForConditionalGeneration(
-        Exaone4_5_Config(text_config=text, vision_config=vision, **PLACEHOLDERS)
+    return hf.Exaone4_5_ForConditionalGeneration(
+        hf.Exaone4_5_Config(text_config=text, vision_config=vision, **PLACEHOLDERS)
     )
 
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family
 from .llava_like import square_images
@@ -28,8 +23,8 @@ SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **VISIO
 
 
 def _gemma3() -> PreTrainedModel:
-    model = Gemma3ForConditionalGeneration(
-        Gemma3Config(
+    model = hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(
             text_config={"model_type": "gemma3_text", **SLIDING},
             vision_config=SIGLIP,
             image_token_index=PLACEHOLDER,
@@ -44,8 +39,8 @@ def _gemma3() -> PreTrainedModel:
 
 
 def _paligemma() -> PreTrainedModel:
-    return PaliGemmaForConditionalGeneration(
-        PaliGemmaConfig(
+    return hf.PaliGemmaForConditionalGeneration(
+        hf.PaliGemmaConfig(
             text_config={"model_type": "gemma2", **SLIDING},
             vision_config=SIGLIP,
             image_token_index=PLACEHOLDER,

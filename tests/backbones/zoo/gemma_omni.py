@@ -7,16 +7,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Gemma3nConfig,
-    Gemma3nForConditionalGeneration,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4UnifiedConfig,
-    Gemma4UnifiedForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.models.gemma3n import modeling_gemma3n
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
@@ -69,7 +62,7 @@ def _gemma3n() -> PreTrainedModel:
         "vocab_size": 2,
         "vocab_offset": TEXT["vocab_size"] + 2,
     }
-    config = Gemma3nConfig(
+    config = hf.Gemma3nConfig(
         text_config={
             "model_type": "gemma3n_text",
             **SHARED,
@@ -87,13 +80,13 @@ def _gemma3n() -> PreTrainedModel:
         return torch.nn.Identity() if part is config.vision_config else stock(part)
 
     with mock.patch.object(modeling_gemma3n.AutoModel, "from_config", without_vision):
-        return Gemma3nForConditionalGeneration(config)
+        return hf.Gemma3nForConditionalGeneration(config)
 
 
 def _gemma4(experts: bool = False) -> PreTrainedModel:
     more = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
-    return Gemma4ForConditionalGeneration(
-        Gemma4Config(
+    return hf.Gemma4ForConditionalGeneration(
+        hf.Gemma4Config(
             text_config={
                 "model_type": "gemma4_text",
                 **SHARED,
@@ -120,8 +113,8 @@ def _gemma4(experts: bool = False) -> PreTrainedModel:
 
 
 def _gemma4_unified() -> PreTrainedModel:
-    return Gemma4UnifiedForConditionalGeneration(
-        Gemma4UnifiedConfig(
+    return hf.Gemma4UnifiedForConditionalGeneration(
+        hf.Gemma4UnifiedConfig(
             text_config={
                 **TEXT,
                 "head_dim": 8,

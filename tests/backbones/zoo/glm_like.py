@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Glm4vConfig,
-    Glm4vForConditionalGeneration,
-    Glm4vMoeConfig,
-    Glm4vMoeForConditionalGeneration,
-    Glm5NextConfig,
-    Glm5NextForConditionalGeneration,
-    Glm46VConfig,
-    Glm46VForConditionalGeneration,
-    GlmgaConfig,
-    GlmOcrConfig,
-    GlmOcrForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .family import LAYERS, PLACEHOLDER, TEXT, Family, Refused
 from .grids import END, START, VIDEO, VISUAL, modalities, patched
@@ -57,17 +45,19 @@ MOE = {
 
 
 def _glm4v() -> PreTrainedModel:
-    return Glm4vForConditionalGeneration(Glm4vConfig(text_config=ROTATED, vision_config=VISION, **SPECIAL))
-
-
-def _glm4v_moe() -> PreTrainedModel:
-    return Glm4vMoeForConditionalGeneration(
-        Glm4vMoeConfig(text_config={**ROTATED, **MOE}, vision_config=VISION, **SPECIAL)
+    return hf.Glm4vForConditionalGeneration(
+        hf.Glm4vConfig(text_config=ROTATED, vision_config=VISION, **SPECIAL)
     )
 
 
-def _composed(config: type[Glm46VConfig | GlmgaConfig]) -> PreTrainedModel:
-    return Glm46VForConditionalGeneration(
+def _glm4v_moe() -> PreTrainedModel:
+    return hf.Glm4vMoeForConditionalGeneration(
+        hf.Glm4vMoeConfig(text_config={**ROTATED, **MOE}, vision_config=VISION, **SPECIAL)
+    )
+
+
+def _composed(config: Any) -> PreTrainedModel:
+    return hf.Glm46VForConditionalGeneration(
         config(
             text_config={"model_type": "glm4v_text", **ROTATED},
             vision_config={"model_type": "glm4v_vision", **VISION},
@@ -77,15 +67,17 @@ def _composed(config: type[Glm46VConfig | GlmgaConfig]) -> PreTrainedModel:
 
 
 def _glm46v() -> PreTrainedModel:
-    return _composed(Glm46VConfig)
+    return _composed(hf.Glm46VConfig)
 
 
 def _glmga() -> PreTrainedModel:
-    return _composed(GlmgaConfig)
+    return _composed(hf.GlmgaConfig)
 
 
 def _glm_ocr() -> PreTrainedModel:
-    return GlmOcrForConditionalGeneration(GlmOcrConfig(text_config=ROTATED, vision_config=VISION, **SPECIAL))
+    return hf.GlmOcrForConditionalGeneration(
+        hf.GlmOcrConfig(text_config=ROTATED, vision_config=VISION, **SPECIAL)
+    )
 
 
 def _glm5_next() -> PreTrainedModel:
@@ -109,7 +101,9 @@ def _glm5_next() -> PreTrainedModel:
     }
     del text["first_k_dense_replace"]
     vision = {**VISION, "projection_intermediate_size": 32}
-    return Glm5NextForConditionalGeneration(Glm5NextConfig(text_config=text, vision_config=vision, **SPECIAL))
+    return hf.Glm5NextForConditionalGeneration(
+        hf.Glm5NextConfig(text_config=text, vision_config=vision, **SPECIAL)
+    )
 
 
 _IMAGES = patched(wrapped=True)

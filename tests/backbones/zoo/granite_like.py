@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    Granite4VisionConfig,
-    Granite4VisionForConditionalGeneration,
-    GraniteDoclingConfig,
-    GraniteDoclingForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 from .idefics_like import AROUND, listed, tiles_of
@@ -26,8 +21,8 @@ PLAIN = {
 
 
 def _granite_docling() -> PreTrainedModel:
-    return GraniteDoclingForConditionalGeneration(
-        GraniteDoclingConfig(
+    return hf.GraniteDoclingForConditionalGeneration(
+        hf.GraniteDoclingConfig(
             text_config={**TEXT, **PLAIN},
             vision_config={
                 **VISION,
@@ -43,8 +38,8 @@ def _granite_docling() -> PreTrainedModel:
 
 
 def _granite4_vision() -> PreTrainedModel:
-    return Granite4VisionForConditionalGeneration(
-        Granite4VisionConfig(
+    return hf.Granite4VisionForConditionalGeneration(
+        hf.Granite4VisionConfig(
             text_config={**TEXT, **PLAIN},
             vision_config={
                 "model_type": "siglip_vision_model",

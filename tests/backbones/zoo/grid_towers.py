@@ -5,19 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from transformers import (
-    Cosmos3EdgeConfig,
-    Cosmos3EdgeForConditionalGeneration,
-    HunYuanVLConfig,
-    HunYuanVLForConditionalGeneration,
-    HyperCLOVAXVisionV2Config,
-    HyperCLOVAXVisionV2ForConditionalGeneration,
-    Kimi_K25Config,
-    Kimi_K25ForConditionalGeneration,
-    MiniMaxM3SparseForConditionalGeneration,
-    MiniMaxM3VLConfig,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import LAYERS, PLACEHOLDER, TEXT, Family, Media, Refused
 from .grids import SPECIAL, VIDEO, VISUAL, modalities, patched
@@ -40,8 +29,8 @@ PLACEHOLDERS = {"image_token_id": PLACEHOLDER, "video_token_id": VIDEO}
 def _hyperclovax() -> PreTrainedModel:
     text = {"model_type": "hyperclovax", **TEXT, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}
     vision = {"model_type": "qwen2_5_vl_vision", **WINDOWED}
-    return HyperCLOVAXVisionV2ForConditionalGeneration(
-        HyperCLOVAXVisionV2Config(text_config=text, vision_config=vision, **PLACEHOLDERS)
+    return hf.HyperCLOVAXVisionV2ForConditionalGeneration(
+        hf.HyperCLOVAXVisionV2Config(text_config=text, vision_config=vision, **PLACEHOLDERS)
     )
 
 
@@ -57,8 +46,8 @@ def _hunyuan_vl() -> PreTrainedModel:
         "max_image_size": 32,
         "out_hidden_size": 32,
     }
-    return HunYuanVLForConditionalGeneration(
-        HunYuanVLConfig(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
+    return hf.HunYuanVLForConditionalGeneration(
+        hf.HunYuanVLConfig(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
     )
 
 
@@ -88,8 +77,8 @@ def _kimi_k25() -> PreTrainedModel:
         "pos_emb_height": 4,
         "pos_emb_width": 4,
     }
-    config = Kimi_K25Config(text_config=text, vision_config=vision, projection_hidden_size=32, **SPECIAL)
-    return Kimi_K25ForConditionalGeneration(config)
+    config = hf.Kimi_K25Config(text_config=text, vision_config=vision, projection_hidden_size=32, **SPECIAL)
+    return hf.Kimi_K25ForConditionalGeneration(config)
 
 
 def _cosmos3_edge() -> PreTrainedModel:
@@ -102,8 +91,8 @@ def _cosmos3_edge() -> PreTrainedModel:
         "patch_size": 4,
         "num_patches": 16,
     }
-    return Cosmos3EdgeForConditionalGeneration(
-        Cosmos3EdgeConfig(
+    return hf.Cosmos3EdgeForConditionalGeneration(
+        hf.Cosmos3EdgeConfig(
             text_config={**TEXT, "head_dim": 8, "rope_parameters": rotary},
             vision_config=vision,
             projector_hidden_size=32,
@@ -136,8 +125,8 @@ def _minimax(attention: str) -> PreTrainedModel:
         "image_size": 16,
         "patch_size": 4,
     }
-    return MiniMaxM3SparseForConditionalGeneration(
-        MiniMaxM3VLConfig(
+    return hf.MiniMaxM3SparseForConditionalGeneration(
+        hf.MiniMaxM3VLConfig(
             text_config=text,
             vision_config=vision,
             projector_hidden_size=32,

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Idefics2Config,
-    Idefics2ForConditionalGeneration,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    PreTrainedModel,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 
@@ -25,8 +18,8 @@ SHORTENED = {**VISION, "patch_size": 4}
 
 
 def _idefics2() -> PreTrainedModel:
-    return Idefics2ForConditionalGeneration(
-        Idefics2Config(
+    return hf.Idefics2ForConditionalGeneration(
+        hf.Idefics2Config(
             text_config={"model_type": "mistral", "sliding_window": None, **TEXT},
             vision_config=VISION,
             perceiver_config={
@@ -43,14 +36,14 @@ def _idefics2() -> PreTrainedModel:
 
 
 def _idefics3() -> PreTrainedModel:
-    return Idefics3ForConditionalGeneration(
-        Idefics3Config(text_config=TEXT_OF_IMAGES, vision_config=SHORTENED, image_token_id=PLACEHOLDER)
+    return hf.Idefics3ForConditionalGeneration(
+        hf.Idefics3Config(text_config=TEXT_OF_IMAGES, vision_config=SHORTENED, image_token_id=PLACEHOLDER)
     )
 
 
 def _smolvlm() -> PreTrainedModel:
-    return SmolVLMForConditionalGeneration(
-        SmolVLMConfig(text_config=TEXT_OF_IMAGES, vision_config=SHORTENED, image_token_id=PLACEHOLDER)
+    return hf.SmolVLMForConditionalGeneration(
+        hf.SmolVLMConfig(text_config=TEXT_OF_IMAGES, vision_config=SHORTENED, image_token_id=PLACEHOLDER)
     )
 
 

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    GotOcr2Config,
-    GotOcr2ForConditionalGeneration,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    PreTrainedModel,
-    QianfanOCRConfig,
-    QianfanOCRForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 
@@ -20,8 +13,8 @@ SMALL_PATCHES = {**VISION, "patch_size": 4}
 
 
 def _internvl() -> PreTrainedModel:
-    return InternVLForConditionalGeneration(
-        InternVLConfig(
+    return hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(
             text_config={"model_type": "qwen2", **TEXT},
             vision_config=SMALL_PATCHES,
             image_token_id=PLACEHOLDER,
@@ -30,8 +23,8 @@ def _internvl() -> PreTrainedModel:
 
 
 def _qianfan_ocr() -> PreTrainedModel:
-    return QianfanOCRForConditionalGeneration(
-        QianfanOCRConfig(
+    return hf.QianfanOCRForConditionalGeneration(
+        hf.QianfanOCRConfig(
             text_config={"model_type": "qwen3", "head_dim": 8, **TEXT},
             vision_config=SMALL_PATCHES,
             image_token_id=PLACEHOLDER,
@@ -52,8 +45,8 @@ def _got_ocr2() -> PreTrainedModel:
         "mlp_dim": 48,
         "initializer_range": 0.02,
     }
-    return GotOcr2ForConditionalGeneration(
-        GotOcr2Config(
+    return hf.GotOcr2ForConditionalGeneration(
+        hf.GotOcr2Config(
             text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, image_token_id=PLACEHOLDER
         )
     )

@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    Lfm2VlConfig,
-    Lfm2VlForConditionalGeneration,
-    Lfm3VlConfig,
-    Lfm3VlForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 from .llava_video import BOTH, VIDEO, either
@@ -35,8 +30,8 @@ def lfm2_vl(conv_bias: bool = False) -> PreTrainedModel:
         "num_patches": 16,
         "vision_use_head": False,
     }
-    return Lfm2VlForConditionalGeneration(
-        Lfm2VlConfig(
+    return hf.Lfm2VlForConditionalGeneration(
+        hf.Lfm2VlConfig(
             text_config=text, vision_config=tower, projector_hidden_size=32, image_token_id=PLACEHOLDER
         )
     )
@@ -60,8 +55,8 @@ def _lfm3_vl() -> PreTrainedModel:
         "patch_size": 4,
         "layer_types": ["conv", "full_attention"],
     }
-    return Lfm3VlForConditionalGeneration(
-        Lfm3VlConfig(
+    return hf.Lfm3VlForConditionalGeneration(
+        hf.Lfm3VlConfig(
             text_config=text,
             vision_config=tower,
             projector_hidden_size=32,

@@ -6,17 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    PreTrainedModel,
-    VipLlavaConfig,
-    VipLlavaForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 
@@ -25,8 +16,8 @@ SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **VISIO
 
 
 def _llava(**text: Any) -> PreTrainedModel:
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
             text_config={"model_type": "llama", **TEXT, **text},
             vision_config=CLIP,
             image_token_id=PLACEHOLDER,
@@ -36,8 +27,8 @@ def _llava(**text: Any) -> PreTrainedModel:
 
 
 def _vipllava() -> PreTrainedModel:
-    return VipLlavaForConditionalGeneration(
-        VipLlavaConfig(
+    return hf.VipLlavaForConditionalGeneration(
+        hf.VipLlavaConfig(
             text_config={"model_type": "llama", **TEXT},
             vision_config=CLIP,
             vision_feature_layer=[-1, -2],
@@ -47,8 +38,8 @@ def _vipllava() -> PreTrainedModel:
 
 
 def _llava_next() -> PreTrainedModel:
-    return LlavaNextForConditionalGeneration(
-        LlavaNextConfig(
+    return hf.LlavaNextForConditionalGeneration(
+        hf.LlavaNextConfig(
             text_config={"model_type": "mistral", "sliding_window": None, **TEXT},
             vision_config=CLIP,
             image_token_id=PLACEHOLDER,
@@ -58,8 +49,8 @@ def _llava_next() -> PreTrainedModel:
 
 
 def llava_onevision() -> PreTrainedModel:
-    return LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
+    return hf.LlavaOnevisionForConditionalGeneration(
+        hf.LlavaOnevisionConfig(
             text_config={"model_type": "qwen2", **TEXT},
             vision_config=SIGLIP,
             image_token_id=PLACEHOLDER,

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-    PreTrainedModel,
-    VideoLlama3Config,
-    VideoLlama3ForConditionalGeneration,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 from .llava_like import CLIP, llava_onevision, square_images, tiled_images
@@ -45,8 +38,8 @@ def either(even: MediaOf, odd: MediaOf) -> MediaOf:
 
 
 def _llava_next_video() -> PreTrainedModel:
-    return LlavaNextVideoForConditionalGeneration(
-        LlavaNextVideoConfig(
+    return hf.LlavaNextVideoForConditionalGeneration(
+        hf.LlavaNextVideoConfig(
             text_config={"model_type": "llama", **TEXT},
             vision_config=CLIP,
             image_grid_pinpoints=[[16, 32], [32, 16]],
@@ -56,8 +49,8 @@ def _llava_next_video() -> PreTrainedModel:
 
 
 def _video_llava() -> PreTrainedModel:
-    return VideoLlavaForConditionalGeneration(
-        VideoLlavaConfig(text_config={"model_type": "llama", **TEXT}, vision_config=CLIP, **IDS)
+    return hf.VideoLlavaForConditionalGeneration(
+        hf.VideoLlavaConfig(text_config={"model_type": "llama", **TEXT}, vision_config=CLIP, **IDS)
     )
 
 
@@ -69,8 +62,8 @@ def _video_llama_3() -> PreTrainedModel:
         "num_attention_heads": 4,
         "patch_size": 4,
     }
-    return VideoLlama3ForConditionalGeneration(
-        VideoLlama3Config(text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, **IDS)
+    return hf.VideoLlama3ForConditionalGeneration(
+        hf.VideoLlama3Config(text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, **IDS)
     )
 
 

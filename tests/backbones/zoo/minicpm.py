@@ -6,16 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    MiniCPMOcrConfig,
-    MiniCPMOcrForConditionalGeneration,
-    MiniCPMV4_6Config,
-    MiniCPMV4_6ForConditionalGeneration,
-    MiniCPMV4_7Config,
-    MiniCPMV4_7ForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 from .grids import END, START, VIDEO, VISUAL, modalities
@@ -45,11 +38,11 @@ def _sizes(**special: int) -> dict[str, Any]:
 
 
 def _ocr() -> PreTrainedModel:
-    return MiniCPMOcrForConditionalGeneration(MiniCPMOcrConfig(**_sizes()))
+    return hf.MiniCPMOcrForConditionalGeneration(hf.MiniCPMOcrConfig(**_sizes()))
 
 
 def _v4_6() -> PreTrainedModel:
-    return MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(**_sizes()))
+    return hf.MiniCPMV4_6ForConditionalGeneration(hf.MiniCPMV4_6Config(**_sizes()))
 
 
 def _v4_7() -> PreTrainedModel:
@@ -60,7 +53,7 @@ def _v4_7() -> PreTrainedModel:
         "slice_end_id": SLICE_END,
         "newline_id": SLICE_END + 1,
     }
-    return MiniCPMV4_7ForConditionalGeneration(MiniCPMV4_7Config(**_sizes(**markers)))
+    return hf.MiniCPMV4_7ForConditionalGeneration(hf.MiniCPMV4_7Config(**_sizes(**markers)))
 
 
 def _sliced(model: PreTrainedModel, seeds: list[list[int]], videos: bool = False) -> Media:

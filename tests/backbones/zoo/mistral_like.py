@@ -6,18 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    LightOnOcrConfig,
-    LightOnOcrForConditionalGeneration,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    Mistral4Config,
-    Mistral4ForCausalLM,
-    MistralLarge4Config,
-    MistralLarge4ForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, Refused, flat, noise
 
@@ -57,8 +48,8 @@ LATENT: dict[str, Any] = {
 
 
 def _mistral3(**text: Any) -> PreTrainedModel:
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(
+    return hf.Mistral3ForConditionalGeneration(
+        hf.Mistral3Config(
             text_config={"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT, **text},
             vision_config=PIXTRAL,
             image_token_id=PLACEHOLDER,
@@ -75,8 +66,8 @@ MISTRAL4 = {**LATENT, "q_lora_rank": 16, "rope_parameters": SCALED_ROTARY, "max_
 
 
 def _mistral_small_4() -> PreTrainedModel:
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(
+    return hf.Mistral3ForConditionalGeneration(
+        hf.Mistral3Config(
             text_config={"model_type": "mistral4", **MISTRAL4},
             vision_config=PIXTRAL,
             image_token_id=PLACEHOLDER,
@@ -85,12 +76,12 @@ def _mistral_small_4() -> PreTrainedModel:
 
 
 def _mistral4() -> PreTrainedModel:
-    return Mistral4ForCausalLM(Mistral4Config(**MISTRAL4))
+    return hf.Mistral4ForCausalLM(hf.Mistral4Config(**MISTRAL4))
 
 
 def _mistral_large4() -> PreTrainedModel:
-    return MistralLarge4ForConditionalGeneration(
-        MistralLarge4Config(
+    return hf.MistralLarge4ForConditionalGeneration(
+        hf.MistralLarge4Config(
             text_config={**LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 8},
             vision_config=PIXTRAL,
             image_token_id=PLACEHOLDER,
@@ -99,8 +90,8 @@ def _mistral_large4() -> PreTrainedModel:
 
 
 def _lighton_ocr() -> PreTrainedModel:
-    return LightOnOcrForConditionalGeneration(
-        LightOnOcrConfig(
+    return hf.LightOnOcrForConditionalGeneration(
+        hf.LightOnOcrConfig(
             text_config={"model_type": "qwen3", "head_dim": 8, **TEXT},
             vision_config=PIXTRAL,
             image_token_id=PLACEHOLDER,

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    Molmo2Config,
-    Molmo2ForConditionalGeneration,
-    PreTrainedModel,
-    Step3p7Config,
-    Step3p7ForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise, token_types
 
@@ -20,8 +15,8 @@ HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "he
 
 
 def _molmo2() -> PreTrainedModel:
-    return Molmo2ForConditionalGeneration(
-        Molmo2Config(
+    return hf.Molmo2ForConditionalGeneration(
+        hf.Molmo2Config(
             text_config={**TEXT, "head_dim": 8, "additional_vocab_size": 4, "rope_scaling_layers": [1, 3]},
             vision_config={
                 **HEADS,
@@ -49,8 +44,8 @@ def _molmo2() -> PreTrainedModel:
 
 
 def _step3p7() -> PreTrainedModel:
-    return Step3p7ForConditionalGeneration(
-        Step3p7Config(
+    return hf.Step3p7ForConditionalGeneration(
+        hf.Step3p7Config(
             text_config={
                 **TEXT,
                 "head_dim": 8,

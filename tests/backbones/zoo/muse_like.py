@@ -6,13 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    MuseGlimmerConfig,
-    MuseGlimmerForConditionalGeneration,
-    MuseSparkConfig,
-    MuseSparkForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 from .grids import patched
@@ -49,8 +44,8 @@ patched_images = patched()
 
 
 def _glimmer() -> PreTrainedModel:
-    return MuseGlimmerForConditionalGeneration(
-        MuseGlimmerConfig(text_config=WINDOWED, vision_config=VISION, **SPECIAL)
+    return hf.MuseGlimmerForConditionalGeneration(
+        hf.MuseGlimmerConfig(text_config=WINDOWED, vision_config=VISION, **SPECIAL)
     )
 
 
@@ -70,8 +65,8 @@ def _spark() -> PreTrainedModel:
         "conv_kernel_size": 3,
         "out_hidden_size": 32,
     }
-    return MuseSparkForConditionalGeneration(
-        MuseSparkConfig(
+    return hf.MuseSparkForConditionalGeneration(
+        hf.MuseSparkConfig(
             text_config=WINDOWED | experts,
             vision_config=VISION,
             audio_config=audio,

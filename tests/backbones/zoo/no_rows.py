@@ -5,25 +5,8 @@ They are read by cross-attention, added to the text, put in front of it, or read
 
 from __future__ import annotations
 
-from transformers import (
-    BlipConfig,
-    BlipForConditionalGeneration,
-    EvollaConfig,
-    EvollaForProteinText2Text,
-    GitConfig,
-    GitForCausalLM,
-    IdeficsConfig,
-    IdeficsForVisionText2Text,
-    KyutaiSpeechToTextConfig,
-    KyutaiSpeechToTextForConditionalGeneration,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
-    PI0Config,
-    PI0ForConditionalGeneration,
-    PreTrainedModel,
-    VoxtralRealtimeConfig,
-    VoxtralRealtimeForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Refused
 
@@ -38,12 +21,14 @@ SMALL = {
 
 def _blip() -> PreTrainedModel:
     text = SMALL | {"encoder_hidden_size": 32, "projection_dim": 16, "max_position_embeddings": 64}
-    return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=VISION, projection_dim=16))
+    return hf.BlipForConditionalGeneration(
+        hf.BlipConfig(text_config=text, vision_config=VISION, projection_dim=16)
+    )
 
 
 def _idefics() -> PreTrainedModel:
     vision = {key: VISION[key] for key in VISION if key != "hidden_size"}
-    return IdeficsForVisionText2Text(IdeficsConfig(vision_config={"embed_dim": 32, **vision}, **SMALL))
+    return hf.IdeficsForVisionText2Text(hf.IdeficsConfig(vision_config={"embed_dim": 32, **vision}, **SMALL))
 
 
 def _mllama() -> PreTrainedModel:
@@ -60,12 +45,12 @@ def _mllama() -> PreTrainedModel:
         "intermediate_layers_indices": [0],
     }
     text = {**TEXT, "cross_attention_layers": [1], "rope_parameters": rotary}
-    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
+    return hf.MllamaForConditionalGeneration(hf.MllamaConfig(text_config=text, vision_config=vision))
 
 
 def _evolla() -> PreTrainedModel:
-    return EvollaForProteinText2Text(
-        EvollaConfig(
+    return hf.EvollaForProteinText2Text(
+        hf.EvollaConfig(
             protein_encoder_config=SMALL,
             aligner_num_add_layers=1,
             resampler_depth=1,
@@ -79,7 +64,7 @@ def _evolla() -> PreTrainedModel:
 
 
 def _git() -> PreTrainedModel:
-    return GitForCausalLM(GitConfig(vision_config=VISION, **SMALL))
+    return hf.GitForCausalLM(hf.GitConfig(vision_config=VISION, **SMALL))
 
 
 def _pi0() -> PreTrainedModel:
@@ -91,15 +76,15 @@ def _pi0() -> PreTrainedModel:
         "projection_dim": 32,
         "image_token_id": PLACEHOLDER,
     }
-    return PI0ForConditionalGeneration(
-        PI0Config(vlm_config=language_and_vision, dit_config=text, max_state_dim=4, max_action_dim=4)
+    return hf.PI0ForConditionalGeneration(
+        hf.PI0Config(vlm_config=language_and_vision, dit_config=text, max_state_dim=4, max_action_dim=4)
     )
 
 
 def _voxtral_realtime() -> PreTrainedModel:
     audio = {"num_mel_bins": 8, "head_dim": 8} | {key: SMALL[key] for key in SMALL if key != "vocab_size"}
-    return VoxtralRealtimeForConditionalGeneration(
-        VoxtralRealtimeConfig(
+    return hf.VoxtralRealtimeForConditionalGeneration(
+        hf.VoxtralRealtimeConfig(
             text_config={"model_type": "voxtral_realtime_text", "head_dim": 8, **TEXT},
             audio_config={"model_type": "voxtral_realtime_encoder", **audio},
         )
@@ -121,8 +106,8 @@ def _kyutai_speech_to_text() -> PreTrainedModel:
         "num_quantizers": 2,
         "upsample_groups": 16,
     }
-    return KyutaiSpeechToTextForConditionalGeneration(
-        KyutaiSpeechToTextConfig(
+    return hf.KyutaiSpeechToTextForConditionalGeneration(
+        hf.KyutaiSpeechToTextConfig(
             vocab_size=TEXT["vocab_size"],
             hidden_size=32,
             ffn_dim=48,

@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen4ExpConfig,
-    Qwen4ExpForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import LAYERS, PLACEHOLDER, TEXT, Family, Media, Refused, flat, noise
 from .grids import SPECIAL, VISUAL, modalities, patched
@@ -38,8 +25,8 @@ VISION = {
 def _qwen2_vl() -> PreTrainedModel:
     windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
-    return Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
+    return hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(
             text_config={**TEXT, **windows, "rope_parameters": ROTARY}, vision_config=vision, **SPECIAL
         )
     )
@@ -47,8 +34,8 @@ def _qwen2_vl() -> PreTrainedModel:
 
 def _qwen2_5_vl() -> PreTrainedModel:
     vision = {**VISION, "fullatt_block_indexes": [1], "window_size": 16}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": ROTARY}, vision_config=vision, **SPECIAL)
+    return hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": ROTARY}, vision_config=vision, **SPECIAL)
     )
 
 
@@ -72,8 +59,8 @@ LINEAR = {
 
 def _qwen3_5() -> PreTrainedModel:
     vision = {**VISION, "num_position_embeddings": 16}
-    return Qwen3_5ForConditionalGeneration(
-        Qwen3_5Config(text_config={**TEXT, **LINEAR}, vision_config=vision, **SPECIAL)
+    return hf.Qwen3_5ForConditionalGeneration(
+        hf.Qwen3_5Config(text_config={**TEXT, **LINEAR}, vision_config=vision, **SPECIAL)
     )
 
 
@@ -81,8 +68,8 @@ def _qwen3_5_moe() -> PreTrainedModel:
     text = {**TEXT, **LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16}
     del text["intermediate_size"]
     vision = {**VISION, "num_position_embeddings": 16}
-    return Qwen3_5MoeForConditionalGeneration(
-        Qwen3_5MoeConfig(text_config=text, vision_config=vision, **SPECIAL)
+    return hf.Qwen3_5MoeForConditionalGeneration(
+        hf.Qwen3_5MoeConfig(text_config=text, vision_config=vision, **SPECIAL)
     )
 
 
@@ -103,12 +90,14 @@ def _qwen4_exp() -> PreTrainedModel:
     }
     del text["intermediate_size"]
     vision = {**VISION, "num_position_embeddings": 16}
-    return Qwen4ExpForConditionalGeneration(Qwen4ExpConfig(text_config=text, vision_config=vision, **SPECIAL))
+    return hf.Qwen4ExpForConditionalGeneration(
+        hf.Qwen4ExpConfig(text_config=text, vision_config=vision, **SPECIAL)
+    )
 
 
 def _qwen2_audio() -> PreTrainedModel:
-    return Qwen2AudioForConditionalGeneration(
-        Qwen2AudioConfig(
+    return hf.Qwen2AudioForConditionalGeneration(
+        hf.Qwen2AudioConfig(
             text_config={"model_type": "qwen2", **TEXT},
             audio_config={
                 "model_type": "qwen2_audio_encoder",

@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5OmniConfig,
-    Qwen2_5OmniForConditionalGeneration,
-    Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen3OmniMoeConfig,
-    Qwen3OmniMoeForConditionalGeneration,
-    Qwen3OmniMoeThinkerConfig,
-    Qwen3OmniMoeThinkerForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from .deepstack import DEEP_VISION
 from .family import PLACEHOLDER, TEXT, Family, Media, Refused, noise
@@ -41,8 +32,8 @@ _AUDIO_TOWER: dict[str, Any] = {
 }
 
 
-def _thinker(**extra: Any) -> Qwen2_5OmniThinkerConfig:
-    return Qwen2_5OmniThinkerConfig(
+def _thinker(**extra: Any) -> Any:
+    return hf.Qwen2_5OmniThinkerConfig(
         text_config={**TEXT, "rope_parameters": ROTARY},
         vision_config={**VISION, "fullatt_block_indexes": [1], "window_size": 16},
         audio_config=_AUDIO_TOWER,
@@ -58,17 +49,17 @@ def _thinker(**extra: Any) -> Qwen2_5OmniThinkerConfig:
 
 
 def _qwen2_5_omni_thinker() -> PreTrainedModel:
-    return Qwen2_5OmniThinkerForConditionalGeneration(_thinker())
+    return hf.Qwen2_5OmniThinkerForConditionalGeneration(_thinker())
 
 
 def _qwen2_5_omni() -> PreTrainedModel:
-    config = Qwen2_5OmniConfig(thinker_config=_thinker().to_dict(), enable_audio_output=False)
-    return Qwen2_5OmniForConditionalGeneration(config)
+    config = hf.Qwen2_5OmniConfig(thinker_config=_thinker().to_dict(), enable_audio_output=False)
+    return hf.Qwen2_5OmniForConditionalGeneration(config)
 
 
-def _moe_thinker() -> Qwen3OmniMoeThinkerConfig:
+def _moe_thinker() -> Any:
     audio = {**_AUDIO_TOWER, "n_window": 50, "downsample_hidden_size": 8}
-    return Qwen3OmniMoeThinkerConfig(
+    return hf.Qwen3OmniMoeThinkerConfig(
         text_config={**TEXT, **EXPERTS, "rope_parameters": INTERLEAVED, "mlp_only_layers": [1]},
         vision_config=DEEP_VISION,
         audio_config=audio,
@@ -83,12 +74,12 @@ def _moe_thinker() -> Qwen3OmniMoeThinkerConfig:
 
 
 def _qwen3_omni_moe_thinker() -> PreTrainedModel:
-    return Qwen3OmniMoeThinkerForConditionalGeneration(_moe_thinker())
+    return hf.Qwen3OmniMoeThinkerForConditionalGeneration(_moe_thinker())
 
 
 def _qwen3_omni_moe() -> PreTrainedModel:
-    config = Qwen3OmniMoeConfig(thinker_config=_moe_thinker().to_dict(), enable_audio_output=False)
-    return Qwen3OmniMoeForConditionalGeneration(config)
+    config = hf.Qwen3OmniMoeConfig(thinker_config=_moe_thinker().to_dict(), enable_audio_output=False)
+    return hf.Qwen3OmniMoeForConditionalGeneration(config)
 
 
 def _with_seconds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    DiffusionGemmaConfig,
-    DiffusionGemmaForBlockDiffusion,
-    Inkling2Config,
-    Inkling2ForConditionalGeneration,
-    InklingConfig,
-    InklingForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Refused
 
@@ -32,8 +25,8 @@ RELATIVE: dict[str, Any] = {
 
 
 def _inkling() -> PreTrainedModel:
-    return InklingForConditionalGeneration(
-        InklingConfig(
+    return hf.InklingForConditionalGeneration(
+        hf.InklingConfig(
             text_config={**RELATIVE, "n_shared_experts": 1},
             vision_config={"patch_size": 8, "hidden_size": 32, "n_layers": 1, "num_attention_heads": 4},
             audio_config={"n_mel_bins": 8, "mel_vocab_size": 8},
@@ -52,8 +45,8 @@ def _inkling2() -> PreTrainedModel:
         "intermediate_size": 48,
         "text_hidden_size": 32,
     }
-    return Inkling2ForConditionalGeneration(
-        Inkling2Config(text_config=RELATIVE, vision_config=vision, image_token_id=PLACEHOLDER)
+    return hf.Inkling2ForConditionalGeneration(
+        hf.Inkling2Config(text_config=RELATIVE, vision_config=vision, image_token_id=PLACEHOLDER)
     )
 
 
@@ -69,8 +62,8 @@ def _diffusion_gemma() -> PreTrainedModel:
         "position_embedding_size": 8,
     }
     experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
-    return DiffusionGemmaForBlockDiffusion(
-        DiffusionGemmaConfig(
+    return hf.DiffusionGemmaForBlockDiffusion(
+        hf.DiffusionGemmaConfig(
             text_config={**TEXT, "head_dim": 8, "global_head_dim": 16, **experts},
             vision_config=vision,
             image_token_id=PLACEHOLDER,
@@ -80,6 +73,6 @@ def _diffusion_gemma() -> PreTrainedModel:
 
 REFUSED = [
     Refused("inkling_mm_model", _inkling, "numbers the rows"),
-    Refused("inkling2", _inkling2, "numbers the rows"),
+    Refused("inkling2", _inkling2, "numbers the rows|in a way of their own"),
     Refused("diffusion_gemma", _diffusion_gemma, "takes no embeddings"),
 ]

@@ -5,17 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    AriaConfig,
-    AriaForConditionalGeneration,
-    FastVlmConfig,
-    FastVlmForConditionalGeneration,
-    Ovis2Config,
-    Ovis2ForConditionalGeneration,
-    PerceptionLMConfig,
-    PerceptionLMForConditionalGeneration,
-    PreTrainedModel,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, VISION, Family, Media, flat, noise
 from .llava_like import SIGLIP, square_images
@@ -35,8 +26,8 @@ def _fast_vlm() -> PreTrainedModel:
         "layer_type": "basic",
         "hidden_size": 16,
     }
-    return FastVlmForConditionalGeneration(
-        FastVlmConfig(
+    return hf.FastVlmForConditionalGeneration(
+        hf.FastVlmConfig(
             text_config={"model_type": "qwen2", **TEXT}, vision_config=tower, image_token_id=PLACEHOLDER
         )
     )
@@ -44,8 +35,8 @@ def _fast_vlm() -> PreTrainedModel:
 
 def _perception_lm() -> PreTrainedModel:
     """With a SigLIP tower, as the perception encoder needs the `timm` package."""
-    return PerceptionLMForConditionalGeneration(
-        PerceptionLMConfig(
+    return hf.PerceptionLMForConditionalGeneration(
+        hf.PerceptionLMConfig(
             text_config={"model_type": "llama", **TEXT},
             vision_config={**SIGLIP, "patch_size": 4, "model_args": {"embed_dim": 32}},
             vision_use_cls_token=False,
@@ -58,8 +49,8 @@ def _perception_lm() -> PreTrainedModel:
 
 def _ovis2() -> PreTrainedModel:
     tower = {**VISION, "vocab_size": 24, "hidden_stride": 2, "patch_size": 4}
-    return Ovis2ForConditionalGeneration(
-        Ovis2Config(
+    return hf.Ovis2ForConditionalGeneration(
+        hf.Ovis2Config(
             text_config={"model_type": "qwen2", **TEXT},
             vision_config=tower,
             image_token_id=PLACEHOLDER,
@@ -72,8 +63,8 @@ def _ovis2() -> PreTrainedModel:
 
 def _aria() -> PreTrainedModel:
     text: dict[str, Any] = {**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
-    return AriaForConditionalGeneration(
-        AriaConfig(
+    return hf.AriaForConditionalGeneration(
+        hf.AriaConfig(
             text_config=text,
             vision_config={"model_type": "idefics3_vision", **VISION, "patch_size": 4},
             projector_patch_to_query_dict={16: 5},

@@ -6,15 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    Dots3NoteConfig,
-    Dots3NoteForConditionalGeneration,
-    PreTrainedModel,
-)
-from transformers.models.nemotron_h_omni import (
-    NemotronH_Omni_Reasoning_V3,
-    NemotronH_Omni_Reasoning_V3_Config,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 
@@ -68,8 +61,8 @@ def _dots3_note() -> PreTrainedModel:
         "adapter_input_size": 32,
         "adapter_out_dim": 32,
     }
-    return Dots3NoteForConditionalGeneration(
-        Dots3NoteConfig(
+    return hf.Dots3NoteForConditionalGeneration(
+        hf.Dots3NoteConfig(
             text_config=text,
             vision_config=vision,
             audio_config=audio,
@@ -109,8 +102,9 @@ def _nemotron_h_omni() -> PreTrainedModel:
         "num_registers": 1,
         "video_temporal_patch_size": 2,
     }
-    return NemotronH_Omni_Reasoning_V3(
-        NemotronH_Omni_Reasoning_V3_Config(
+    parts = hf.models.nemotron_h_omni
+    return parts.NemotronH_Omni_Reasoning_V3(
+        parts.NemotronH_Omni_Reasoning_V3_Config(
             text_config=text,
             vision_config=vision,
             audio_config={
@@ -143,7 +137,7 @@ def _merged_patches(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
     grids = _grids(seeds)
     pixels = [noise(seed, high * wide, 48) for seed, (high, wide) in zip(flat(seeds), grids, strict=True)]
     inputs = {"pixel_values": torch.cat(pixels)}
-    if isinstance(model, NemotronH_Omni_Reasoning_V3):
+    if model.config.model_type == "nemotron_h_omni":
         inputs["image_grid_hw"] = torch.tensor(grids)
     else:
         inputs["image_grid_thw"] = torch.tensor([(1, *grid) for grid in grids])

@@ -5,23 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    AudioFlamingo3Config,
-    AudioFlamingo3ForConditionalGeneration,
-    FunAsrNanoConfig,
-    FunAsrNanoForConditionalGeneration,
-    GlmAsrConfig,
-    GlmAsrForConditionalGeneration,
-    MossTranscribeDiarizeConfig,
-    MossTranscribeDiarizeForConditionalGeneration,
-    MusicFlamingoConfig,
-    MusicFlamingoForConditionalGeneration,
-    PreTrainedModel,
-    Qwen3ASRConfig,
-    Qwen3ASRForConditionalGeneration,
-    VoxtralConfig,
-    VoxtralForConditionalGeneration,
-)
+import transformers as hf
+from transformers import PreTrainedModel
 
 from .family import PLACEHOLDER, TEXT, Family, Media, flat, noise
 
@@ -38,8 +23,8 @@ WHISPER = ENCODER | {"max_source_positions": FRAMES // 2}
 
 
 def _audioflamingo3() -> PreTrainedModel:
-    return AudioFlamingo3ForConditionalGeneration(
-        AudioFlamingo3Config(
+    return hf.AudioFlamingo3ForConditionalGeneration(
+        hf.AudioFlamingo3Config(
             text_config={"model_type": "qwen2", **TEXT},
             audio_config={"model_type": "audioflamingo3_encoder", **WHISPER},
             audio_token_id=PLACEHOLDER,
@@ -48,8 +33,8 @@ def _audioflamingo3() -> PreTrainedModel:
 
 
 def _musicflamingo() -> PreTrainedModel:
-    return MusicFlamingoForConditionalGeneration(
-        MusicFlamingoConfig(
+    return hf.MusicFlamingoForConditionalGeneration(
+        hf.MusicFlamingoConfig(
             text_config={"model_type": "qwen2", **TEXT},
             audio_config={"model_type": "audioflamingo3_encoder", **WHISPER},
             audio_token_id=PLACEHOLDER,
@@ -60,8 +45,8 @@ def _musicflamingo() -> PreTrainedModel:
 
 
 def _voxtral() -> PreTrainedModel:
-    return VoxtralForConditionalGeneration(
-        VoxtralConfig(
+    return hf.VoxtralForConditionalGeneration(
+        hf.VoxtralConfig(
             text_config={"model_type": "llama", "head_dim": 8, **TEXT},
             audio_config={"model_type": "voxtral_encoder", **WHISPER},
             audio_token_id=PLACEHOLDER,
@@ -70,8 +55,8 @@ def _voxtral() -> PreTrainedModel:
 
 
 def _glmasr() -> PreTrainedModel:
-    return GlmAsrForConditionalGeneration(
-        GlmAsrConfig(
+    return hf.GlmAsrForConditionalGeneration(
+        hf.GlmAsrConfig(
             text_config={"model_type": "llama", **TEXT},
             audio_config={"model_type": "glmasr_encoder", **ENCODER},
             audio_token_id=PLACEHOLDER,
@@ -80,8 +65,8 @@ def _glmasr() -> PreTrainedModel:
 
 
 def _moss() -> PreTrainedModel:
-    return MossTranscribeDiarizeForConditionalGeneration(
-        MossTranscribeDiarizeConfig(
+    return hf.MossTranscribeDiarizeForConditionalGeneration(
+        hf.MossTranscribeDiarizeConfig(
             text_config={"model_type": "qwen3", "head_dim": 8, **TEXT},
             audio_config=WHISPER,
             audio_token_id=PLACEHOLDER,
@@ -97,8 +82,8 @@ def _fun_asr_nano() -> PreTrainedModel:
         "num_hidden_layers": 1,
         "projector_hidden_size": 48,
     }
-    return FunAsrNanoForConditionalGeneration(
-        FunAsrNanoConfig(
+    return hf.FunAsrNanoForConditionalGeneration(
+        hf.FunAsrNanoConfig(
             text_config={"model_type": "qwen3", "head_dim": 8, **TEXT},
             audio_config={
                 "model_type": "fun_asr_nano_encoder",
@@ -114,8 +99,8 @@ def _fun_asr_nano() -> PreTrainedModel:
 
 
 def _qwen3_asr() -> PreTrainedModel:
-    return Qwen3ASRForConditionalGeneration(
-        Qwen3ASRConfig(
+    return hf.Qwen3ASRForConditionalGeneration(
+        hf.Qwen3ASRConfig(
             text_config={"model_type": "qwen3", "head_dim": 8, **TEXT},
             audio_config={
                 "model_type": "qwen3_asr_encoder",

@@ -42,8 +42,8 @@ def remount(disk: Path, mode: str) -> None:
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "start": (finetune, "start_run", 1),
     "train-begin": (trainer.LossLog, "on_train_begin", 1),
-    "first-checkpoint": (checkpoints.ResumableTrainer, "_save_checkpoint", 1),
-    "checkpoint": (checkpoints.ResumableTrainer, "_save_checkpoint", 2),
+    "first-checkpoint": (checkpoints.ResumableTrainer, "save_checkpoint", 1),
+    "checkpoint": (checkpoints.ResumableTrainer, "save_checkpoint", 2),
     "manifest": (checkpoints, "write_manifest", 2),
     "log": (trainer.LossLog, "on_log", 3),
     "final-save": (finetune, "save_variant", 1),

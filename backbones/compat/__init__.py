@@ -1,0 +1,6 @@
+"""What this project takes from other libraries beyond their documented interfaces, one module per library.
+
+Each function or constant names what it depends on and since which version that has been so, and offers one
+form that holds in every supported version. No other file reads a private name, a version or a message text of
+these libraries. `versions` says which versions are supported; `self_check` tries one that is not listed.
+"""
