@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from .compat.transformers import layers_that_read_others
+from .compat.transformers import sharing_modes
 from .encoder_costs import EncoderCost, encoder_cost_of, measure_encoder
 from .families import UnsupportedModelError, base_model_of, find_stack, is_encoder_decoder
 from .module_costs import LayerTraffic, RowCost, key_value_width, layer_traffic, row_cost, weight_bytes
@@ -260,9 +260,10 @@ def _cache_layers(model: PreTrainedModel, stack: Any) -> list[Any]:
 
 def _key_value_widths(stack: Any) -> tuple[int, ...]:
     """Layers that read another layer's keys, as Gemma 3n's last ones do, hold none themselves."""
-    readers = layers_that_read_others(stack)
+    modes = sharing_modes(stack) or [None] * len(stack.layers)
     return tuple(
-        0 if index in readers else key_value_width(layer) for index, layer in enumerate(stack.layers)
+        0 if mode == "reuse" else key_value_width(layer)
+        for layer, mode in zip(stack.layers, modes, strict=True)
     )
 
 

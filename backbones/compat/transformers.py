@@ -151,34 +151,28 @@ def cached_as(layer_type: str) -> type | None:
 
 
 def layers_read_by_others(stack: Any) -> list[int]:
-    """Indices of the decoder layers whose keys later layers read instead of making their own (Gemma 3n).
+    """Indices of the decoder layers whose keys later layers read instead of making their own (Gemma 3n)."""
+    modes = sharing_modes(stack)
+    kinds: Any = stack.config.layer_types if modes else []
+    readers = {kinds[index] for index, mode in enumerate(modes) if mode == "reuse"}
+    return [index for index, mode in enumerate(modes) if mode == "store" and kinds[index] in readers]
 
-    The configuration lists them since 5.23; before, the attention of each layer knows.
+
+def sharing_modes(stack: Any) -> Sequence[str | None]:
+    """For each decoder layer "reuse" where it reads an earlier layer's keys, "store" where it keeps its own
+    for others, else None or another word; empty where no layer shares.
+
+    The configuration says it since 5.23; before, the attention of each layer does.
     """
-    modes = _sharing_modes(stack)
+    modes: Any = getattr(stack.config, "kv_sharing_modes", None) or []
     if modes:
-        kinds = stack.config.layer_types
-        readers = {kinds[index] for index, mode in enumerate(modes) if mode == "reuse"}
-        return [index for index, mode in enumerate(modes) if mode == "store" and kinds[index] in readers]
-    read = {getattr(each, "kv_shared_layer_index", None) for each in _attentions(stack)}
-    return sorted(index for index in read if index is not None)
-
-
-def layers_that_read_others(stack: Any) -> frozenset[int]:
-    """Indices of the decoder layers that read an earlier layer's keys and make none."""
-    modes = _sharing_modes(stack)
-    if modes:
-        return frozenset(index for index, mode in enumerate(modes) if mode == "reuse")
-    shared = (getattr(each, "is_kv_shared_layer", False) for each in _attentions(stack))
-    return frozenset(index for index, reads in enumerate(shared) if reads)
-
-
-def _sharing_modes(stack: Any) -> Sequence[str | None]:
-    return getattr(stack.config, "kv_sharing_modes", None) or []
-
-
-def _attentions(stack: Any) -> list[Any]:
-    return [getattr(layer, "self_attn", None) for layer in stack.layers]
+        return modes
+    parts = [getattr(layer, "self_attn", None) for layer in stack.layers]
+    if not any(getattr(part, "is_kv_shared_layer", False) for part in parts):
+        return []
+    reading = ["reuse" if getattr(part, "is_kv_shared_layer", False) else None for part in parts]
+    storing = ["store" if getattr(part, "store_full_length_kv", False) else None for part in parts]
+    return [reads or stores for reads, stores in zip(reading, storing, strict=True)]
 
 
 def attention_of(config: Any) -> str:
