@@ -10,7 +10,7 @@ import torch
 from reference import reference_logits
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from zoo import FAMILIES, LAYERS, logits_of
+from zoo import FAMILIES, LAYERS, logits_of, skip_where_stock_chunks_are_wrong
 
 from backbones import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
 
@@ -152,6 +152,7 @@ def test_chunked_prefill_equals_one_prefill():
     with torch.no_grad():
         whole = model.generate(**inputs, **options)
         for size in (2, 5):
+            skip_where_stock_chunks_are_wrong(model, inputs, prefill_chunk_size=size, **options)
             assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=size), whole)
 
 

@@ -9,7 +9,19 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
-from .family import LAYERS, PLACEHOLDER, TEXT, VISION, WORDS, Family, Media, Refused, logits_of
+from .family import (
+    LAYERS,
+    PLACEHOLDER,
+    TEXT,
+    VISION,
+    WORDS,
+    Family,
+    Media,
+    Refused,
+    logits_of,
+    skip_here,
+    skip_where_stock_chunks_are_wrong,
+)
 
 _MODULES = [
     import_module(f"{__name__}.{found.name}")
@@ -36,4 +48,6 @@ __all__ = [
     "Media",
     "Refused",
     "logits_of",
+    "skip_here",
+    "skip_where_stock_chunks_are_wrong",
 ]

@@ -113,5 +113,5 @@ FAMILIES = [
     Family("chameleon", _chameleon, square_images, scale=2.0),
     Family("emu3", _emu3, _coded_images),
     Family("fuyu", _fuyu, _projected_patches),
-    Family("llama4", _llama4, square_images),
+    Family("llama4", _llama4, square_images, broken_in="5.24.0"),
 ]
