@@ -25,6 +25,7 @@ from .compat.transformers import (
     STATIC,
     STATIC_COUNTS,
     UNREGISTERED,
+    crop_held,
     holds_state,
     kept_of_window,
     mask_offset,
@@ -106,9 +107,9 @@ def _short_kind(kind: Any) -> type:
             # the rest.
             removed = int((columns >= length).sum(dim=1).min())
             if seen < getattr(self, "sliding_window", seen + 1):
-                # To 5.15 the stock method computes the length to keep, which must be that of the keys held.
+                # To 5.13 the stock method computes the length to keep, which must be that of the keys held.
                 become_short(self, KeyMap(columns, 0, self.keymap.ragged), columns.shape[1])
-            super().crop(-removed)
+            crop_held(super().crop, removed)
             columns = columns[:, : columns.shape[1] - removed]
             columns = columns.masked_fill(columns >= length, -1)
             ragged = bool((columns < 0).any())

@@ -7,7 +7,7 @@ lacks it here: the constants hold the kinds that there are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,13 +97,22 @@ def kept_of_window(layer: Any) -> int | None:
     return layer.sliding_window - 1 if getattr(layer, "record_past", False) else None
 
 
-def tokens_to_remove(asked: int, length: int) -> int:
-    """How many tokens `crop(asked)` removes from a layer that has seen `length`.
+_CROP_TAKES_A_LENGTH = "max_length" in inspect.signature(cache_utils.DynamicLayer.crop).parameters
+"""To 5.13 `crop` takes the length to keep, or minus the number of tokens to remove; later the second."""
 
-    A negative number says how many, in every version. A positive one is the length to keep: stock layers take
-    it to 5.15, and refuse it later.
-    """
-    return -asked if asked < 0 else max(length - asked, 0) if asked else 0
+
+def tokens_to_remove(asked: int, length: int) -> int:
+    """How many tokens `crop(asked)` removes from a layer that has seen `length`."""
+    if asked > 0 or (asked == 0 and _CROP_TAKES_A_LENGTH):
+        return max(length - asked, 0)
+    return -asked
+
+
+def crop_held(crop: Callable[[int], None], count: int) -> None:
+    """Have a stock layer's `crop` drop the last `count` of the keys that it holds. Of none, a layer with a
+    window may still drop what it no longer needs, since 5.14; before, that would be a length of 0."""
+    if count or not _CROP_TAKES_A_LENGTH:
+        crop(-count)
 
 
 def holds_state(layer: Any) -> bool:

@@ -21,8 +21,8 @@ included.
 A supported type keeps these promises, float32 on the CPU, left and right padding:
 
 - insert layer 0 gives the stock logits bit for bit
-- every other layer gives, to 5e-5, the logits of the stock model in which multimodal rows wait and nobody
-  sees them (`tests/backbones/reference.py`)
+- every other layer gives, to 5e-5 of the largest, the logits of the stock model in which multimodal rows
+  wait and no other row sees them (`tests/backbones/reference.py`)
 - with one insert layer per row, each row gets what it gets alone
 - generation with the cache gives the tokens of generation without it
 - layers below the insert layer hold no multimodal key

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
 from reference import reference_logits
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from zoo import FAMILIES, LAYERS, logits_of, skip_where_stock_chunks_are_wrong
+from zoo import FAMILIES, LAYERS, logits_of, skip_here, skip_where_stock_differs
 
 from backbones import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
 
@@ -80,6 +81,9 @@ def test_rows_that_are_images_alone(family, stock, inserted):
         torch.testing.assert_close(got[row][real], expected, atol=1e-5, rtol=1e-5)
 
 
+NEVER = 0
+"""An end token that the models never give: to 5.8, guessing ahead needs one."""
+
 STRATEGIES = {
     "greedy": {},
     "beam": {"num_beams": 3},
@@ -95,6 +99,8 @@ def test_cached_generation_equals_recomputation(family, stock, inserted, strateg
     rows = ROWS if strategy in ("greedy", "sampled") else [ROWS[0], ROWS[1], (2, 0, 5), ROWS[3]]
     inputs = family.batch(stock, rows, "left")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | STRATEGIES[strategy]
+    if strategy != "sampled":
+        skip_where_stock_differs(inserted, inputs, {"use_cache": False}, **options)
     tokens = []
     for use_cache in (True, False):
         torch.manual_seed(7)
@@ -107,7 +113,8 @@ def test_cached_generation_equals_recomputation(family, stock, inserted, strateg
 def test_prompt_lookup_decoding_equals_greedy(family, stock, inserted):
     inputs = family.batch(stock, [(3, 0, 4, 0, 9)], "left")
     set_insert_layer(inserted, 3)
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": NEVER}
+    skip_where_stock_differs(inserted, inputs, {"prompt_lookup_num_tokens": 3}, **options)
     with torch.no_grad():
         greedy = inserted.generate(**inputs, **options)
         looked_up = inserted.generate(**inputs, **options, prompt_lookup_num_tokens=3)
@@ -119,7 +126,7 @@ def test_assisted_decoding_equals_greedy():
     family = FAMILIES["llava"]
     model, assistant = deep_insert(family.model(), 3), deep_insert(family.model(), 4)
     inputs = family.batch(model, [(3, 0, 4)], "left")
-    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": NEVER}
     with torch.no_grad():
         greedy = model.generate(**inputs, **options)
         assisted = model.generate(**inputs, **options, assistant_model=assistant)
@@ -152,7 +159,7 @@ def test_chunked_prefill_equals_one_prefill():
     with torch.no_grad():
         whole = model.generate(**inputs, **options)
         for size in (2, 5):
-            skip_where_stock_chunks_are_wrong(model, inputs, prefill_chunk_size=size, **options)
+            skip_where_stock_differs(model, inputs, {"prefill_chunk_size": size}, **options)
             assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=size), whole)
 
 
@@ -214,11 +221,9 @@ def test_a_second_turn_on_a_kept_cache_equals_the_whole_conversation(family, sto
 
 
 def _rope_positions(model, whole):
+    told = {name: each for name, each in whole.items() if name in ("mm_token_type_ids", "attention_mask")}
     positions, _ = model.model.get_rope_index(
-        whole["input_ids"],
-        whole["mm_token_type_ids"],
-        whole["image_grid_thw"],
-        attention_mask=whole["attention_mask"],
+        whole["input_ids"], image_grid_thw=whole["image_grid_thw"], **told
     )
     return positions
 
@@ -363,6 +368,8 @@ def test_a_copy_and_its_original_do_not_share_a_layer(family, stock):
 
 
 def test_threads_have_their_own_layers(family, stock, inserted):
+    if find_spec("transformers.utils.output_capturing") is None:
+        skip_here("the stock model hands threads each other's outputs, as to 5.1")
     inputs = family.batch(stock, ROWS, "left")
     expected = []
     for layer in range(4):

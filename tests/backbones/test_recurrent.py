@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import FAMILIES, skip_where_stock_chunks_are_wrong
+from zoo import FAMILIES, skip_where_stock_differs
 
 from backbones import deep_insert, insert_at
 from backbones.cache import UnsupportedCacheError
@@ -60,7 +60,7 @@ def test_dummies_never_follow_a_state(family, model):
 def test_a_chunk_of_image_tokens_alone_leaves_the_state_as_it_is(family, model, size):
     inputs = family.batch(model, [(3, 0, 4)])
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    skip_where_stock_chunks_are_wrong(model, inputs, prefill_chunk_size=size, **options)
+    skip_where_stock_differs(model, inputs, {"prefill_chunk_size": size}, **options)
     with insert_at(model, 3), torch.no_grad():
         whole = model.generate(**inputs, **options)
         assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=size), whole)

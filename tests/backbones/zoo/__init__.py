@@ -18,9 +18,11 @@ from .family import (
     Family,
     Media,
     Refused,
+    assert_close,
     logits_of,
     skip_here,
-    skip_where_stock_chunks_are_wrong,
+    skip_where_stock_differs,
+    skipping_what_is_missing,
 )
 
 _MODULES = [
@@ -47,7 +49,9 @@ __all__ = [
     "Family",
     "Media",
     "Refused",
+    "assert_close",
     "logits_of",
     "skip_here",
-    "skip_where_stock_chunks_are_wrong",
+    "skip_where_stock_differs",
+    "skipping_what_is_missing",
 ]

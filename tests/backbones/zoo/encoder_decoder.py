@@ -76,9 +76,13 @@ def _t5gemma2() -> PreTrainedModel:
         "mm_tokens_per_image": 4,
     }
     decoder = text | {"num_hidden_layers": 2, "layer_types": text["layer_types"][:2]}
-    return hf.T5Gemma2ForConditionalGeneration(
+    model = hf.T5Gemma2ForConditionalGeneration(
         hf.T5Gemma2Config(encoder=encoder, decoder=decoder, image_token_index=PLACEHOLDER)
     )
+    # Zeros in a model from its configuration, with which all images are the same.
+    projector = model.get_encoder().multi_modal_projector
+    torch.nn.init.normal_(projector.mm_input_projection_weight, std=0.02)
+    return model
 
 
 def _vision_encoder_decoder() -> PreTrainedModel:
