@@ -118,7 +118,8 @@ def test_prompt_lookup_decoding_equals_greedy(family, stock, inserted):
     with torch.no_grad():
         greedy = inserted.generate(**inputs, **options)
         looked_up = inserted.generate(**inputs, **options, prompt_lookup_num_tokens=3)
-    assert torch.equal(greedy, looked_up)
+    # To 5.12, the last guess may go one token beyond the limit.
+    assert torch.equal(greedy, looked_up[:, : greedy.shape[1]])
 
 
 def test_assisted_decoding_equals_greedy():
