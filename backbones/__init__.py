@@ -1,5 +1,6 @@
 """DeepInsert on stock multimodal models: the variable-depth forward, its costs, and loading."""
 
+from .compat.self_check import UntriedVersionError
 from .costs import CostModel, eq5_flops
 from .families import UnsupportedModelError
 from .insertion import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
@@ -9,6 +10,7 @@ __all__ = [
     "Backbone",
     "CostModel",
     "UnsupportedModelError",
+    "UntriedVersionError",
     "deep_insert",
     "eq5_flops",
     "insert_at",

@@ -134,7 +134,9 @@ class CostModel:
             )
         own: Any = config.dtype or config.get_text_config().dtype or torch.float32
         with torch.device("meta"):
-            model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or own)
+            model = AutoModelForMultimodalLM.from_config(config)
+        # Early 5.x leave the precision of parts as it was, and tied weights apart, on the meta device.
+        model.to(dtype or own).tie_weights()
         return cls.from_model(model)
 
     @property

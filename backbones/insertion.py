@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .compat.self_check import check_versions
 from .families import base_model_of, find_stack
 from .mechanism import ATTRIBUTE, Insertion
 from .progress import Override
@@ -32,6 +33,9 @@ def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     else 0. It is written to `model.config.deepinsert`, so `save_pretrained` keeps it. Returns `model`, whose
     class, parameters and `state_dict` are unchanged; a PEFT model is changed through its base model.
 
+    Under a version of transformers or torch that nobody has tried, the first call tries the mechanism on a
+    model of a few thousand weights, and raises `UntriedVersionError` where a number is wrong.
+
     Raises `UnsupportedModelError` for models without a decoder stack fed by an encoder's features, and
     `ValueError` for a layer outside 0 to N, or to the first layer whose keys later layers share.
     """
@@ -39,6 +43,7 @@ def deep_insert(model: Any, insert_layer: int | None = None) -> Any:
     check_runs(base)
     stack = find_stack(base)
     if not hasattr(stack, ATTRIBUTE):
+        check_versions()
         check_supported(base, stack)
     if insert_layer is None:
         insert_layer = (getattr(base.config, CONFIG_KEY, None) or {}).get("insert_layer", 0)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -208,13 +209,32 @@ def load_backbone(
         layer = inserted if insert_layer is None else insert_layer
         backbone = load_backbone(base, insert_layer=layer, device=device, dtype=dtype, **rest)
         return replace(backbone, model=merged(backbone.model, path, where), name=str(source))
+    if Path(path).is_dir() and not (Path(path) / hub.get("subfolder", "") / "config.json").is_file():
+        # Stock code would guess the model type from the folder's name.
+        raise OSError(f"{path} holds neither a config.json nor an adapter: give the folder of a checkpoint")
     config = AutoConfig.from_pretrained(path, **hub)
-    model = AutoModelForMultimodalLM.from_pretrained(path, config=config, dtype=dtype, **from_pretrained)
+    model, report = AutoModelForMultimodalLM.from_pretrained(
+        path, config=config, dtype=dtype, output_loading_info=True, **from_pretrained
+    )
+    check_whole(source, report)
     processor = load_processor(path, config, **hub)
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(device)
     model = deep_insert(model.eval(), insert_layer)
     return Backbone(model=model, processor=processor, name=str(source))
+
+
+def check_whole(source: str | Path, report: Mapping[str, Any]) -> None:
+    """Raise `OSError` where weights of a model were not found in its checkpoint, by what `from_pretrained`
+    reports: stock code leaves them random and goes on."""
+    absent = sorted(set(report["missing_keys"]) | {str(each) for each in report["mismatched_keys"]})
+    if absent:
+        raise OSError(
+            f"{source}: {len(absent)} weights of the model are not in the checkpoint, such as {absent[0]}. "
+            "Names of weights differ between versions of transformers, and this is "
+            f"{transformers.__version__}: load the checkpoint with the version that its config.json names as "
+            "transformers_version, or later"
+        )
 
 
 def adapter_facts(path: str | Path, config: Path, where: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -245,18 +265,19 @@ def load_processor(path: str | Path, config: PreTrainedConfig, **hub: Any) -> An
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits over the names, shapes and a fixed sample of every weight's values.
+    """16 hex digits over the shapes and a fixed sample of every weight's values.
 
     At most 64 evenly spaced values of each tensor are read, in float32, so that a 7B model costs no more
-    than a small one; the insert layer does not enter.
+    than a small one. Neither the insert layer enters nor the names of the weights, which differ between
+    versions of transformers.
     """
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in sorted(model.state_dict().items()):
+    parts = []
+    for weight in model.state_dict().values():
         flat = weight.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
         sample = flat[::step][:64].to("cpu", torch.float32)
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        parts.append(f"{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return hashlib.sha256(model.config.model_type.encode() + b"".join(sorted(parts))).hexdigest()[:16]
 
 
 def to_model(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -4,3 +4,7 @@ Each function or constant names what it depends on and since which version that 
 form that holds in every supported version. No other file reads a private name, a version or a message text of
 these libraries. `versions` says which versions are supported; `self_check` tries one that is not listed.
 """
+
+from .versions import check_not_too_old
+
+check_not_too_old()  # before any import of a name that older versions do not have

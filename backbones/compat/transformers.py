@@ -184,6 +184,19 @@ def sharing_modes(stack: Any) -> Sequence[str | None]:
     return [reads or stores for reads, stores in zip(reading, storing, strict=True)]
 
 
+def rename_as_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a LLaVA as `save_pretrained` names them, under the names of published checkpoints.
+
+    Since 5.6 CLIP towers have lost the level `vision_model`; every version reads the names with it, and those
+    before read no others.
+    """
+    tower = "vision_tower."
+    return {
+        name.replace(tower, f"{tower}vision_model.") if f"{tower}vision_model." not in name else name: weight
+        for name, weight in weights.items()
+    }
+
+
 def attention_of(config: Any) -> str:
     """The attention in use, such as "sdpa". `set_attn_implementation` sets it; nothing public gives it."""
     return str(config._attn_implementation)

@@ -120,7 +120,7 @@ class Published:
         """The model with random weights, made on `device` in `dtype`: no copy on the CPU. In eval mode."""
         torch.manual_seed(0)
         with torch.device(device):
-            model = AutoModelForMultimodalLM.from_config(self.configuration(scale), dtype=dtype)
+            model = AutoModelForMultimodalLM.from_config(self.configuration(scale), dtype=dtype).to(dtype)
         model.generation_config.eos_token_id = None
         return model.eval()
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from backbones import deep_insert, remove_deep_insert
+from backbones.compat.transformers import rename_as_published
 from envs.rendered_text import text_question
 from envs.rendering import KINDS, Question, draw_scene, questions, render
 
@@ -173,6 +175,8 @@ def run(options: PretrainTinyOptions) -> dict[str, Any]:
     figures = judge(model, tokenizer, images, layers)
     blank = judge(model, tokenizer, images, [0], blank=True)["accuracy"]
     remove_deep_insert(model).save_pretrained(folder)
+    weights = rename_as_published(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     processor.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)

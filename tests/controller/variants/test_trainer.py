@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainingArguments
 
 from backbones import load_backbone
+from backbones.compat.trainer import recomputing
 from controller.options import FinetuneOptions
 from controller.variants import finetune
 from controller.variants.batches import PromptDataset, collator
@@ -182,7 +183,7 @@ def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None
                 args=trl.SFTConfig(
                     output_dir=folder,
                     max_length=None,
-                    activation_checkpointing=False,
+                    **{name: False for name in recomputing(False) if not name.endswith("kwargs")},
                     dataset_kwargs={"skip_prepare_dataset": True},
                     **settings,
                 ),
