@@ -7,12 +7,14 @@ RUN := $(VENV)/bin/python
 # One thread: the models of the tests are so small that threads cost more than they give.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow models lint format bench bench-full bench-gpu bench-docs clean
+.PHONY: help demo test test-oldest test-versions test-slow models lint format bench bench-full bench-gpu bench-docs clean
 
 help:
 	@echo "make demo       the whole way on the embedded tiny backbone, into runs/demo"
 	@echo "make test       the test suite"
 	@echo "make test-slow  long checks"
+	@echo "make test-oldest    core tests with the oldest transformers, two minutes"
+	@echo "make test-versions  tests with other versions of transformers, and docs/versions.md; EVERY=1 for all"
 	@echo "make models     docs/models.md, from a run over all model families"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time and memory by insert layer against the stock model, into runs/bench"
@@ -25,6 +27,12 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(PYTEST)
+
+test-oldest: $(VENV)/installed-dev
+	$(RUN) tests/versions/matrix.py --oldest
+
+test-versions: $(VENV)/installed-dev
+	$(RUN) tests/versions/matrix.py $(if $(EVERY),--every)
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow

@@ -257,7 +257,7 @@ def load_processor(path: str | Path, config: PreTrainedConfig, **hub: Any) -> An
     """The model's processor; without its video half where torchvision, which only that needs, is missing."""
     try:
         return AutoProcessor.from_pretrained(path, **hub)
-    except ImportError:
+    except (ImportError, TypeError):  # the second in early 5.x
         without_video = None if find_spec("torchvision") else processor_without_video(config)
         if without_video is None:
             raise

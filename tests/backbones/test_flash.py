@@ -53,7 +53,8 @@ def varlen(
 
 @pytest.fixture
 def flashed(monkeypatch):
-    kernels = flash, varlen, None, flash_utils._pad_input, flash_utils._unpad_input
+    decoding = [None] if hasattr(flash_utils, "_flash_with_kvcache_fn") else []  # since 5.4
+    kernels = (flash, varlen, *decoding, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: kernels)
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     monkeypatch.setattr(flash_integration, "_use_top_left_mask", False)
