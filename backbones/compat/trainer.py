@@ -38,6 +38,8 @@ class SeamTrainer(Trainer):
                 "without which no checkpoint would be complete: install a version listed in docs/versions.md"
             )
         super().__init__(*args, **kwargs)
+        # The Trainer divides losses by the steps it accumulates; 5.3 and 5.4 have accelerate do it again.
+        self.accelerator.gradient_accumulation_steps = 1
 
     def train_sampler(self, dataset: Dataset[Any] | None) -> Sampler[int] | None:
         """The order in which `dataset` is trained on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import FAMILIES, skip_where_stock_differs
+from zoo import FAMILIES, skip_where_stock_differs, skipping_what_is_missing
 
 from backbones import deep_insert, insert_at
 from backbones.cache import UnsupportedCacheError
@@ -17,7 +17,8 @@ def family():
 
 @pytest.fixture(scope="module")
 def model(family):
-    return deep_insert(family.model(), 0)
+    with skipping_what_is_missing():
+        return deep_insert(family.model(), 0)
 
 
 def in_two_turns(family, model, rows, first):

@@ -38,9 +38,10 @@ models that the commands load with, and want `huggingface_hub` and `tokenizers` 
 - Models with recurrent layers (Qwen3.5, LFM2) work from 5.5 on; before, they bring caches of their own and
   are refused by name.
 - Caches of 8 bits exist from 5.22 on.
-- Since 5.6 the weights of CLIP towers have other names in a saved checkpoint. 5.5 and older do not know
-  them and refuse to load it; the other way round works, and so do adapters, policies and reward tables both
-  ways.
+- Checkpoints, adapters, policies and reward tables are read both ways between the oldest and the newest
+  version, with the same numbers to 1e-5. Where a version does not know the names that another has given to
+  weights, as 5.5 and older with CLIP towers of models that were built, not loaded, under 5.6 or later,
+  `load_backbone` refuses the checkpoint; stock code would leave those weights random.
 
 ## What each version lacks, or gets wrong itself
 """

@@ -1,0 +1,60 @@
+"""Writes a variant, an adapter, a policy and a reward table in a folder, or prints what they give.
+
+    python exchange.py write DATA FOLDER
+    python exchange.py read DATA FOLDER
+
+Run under two versions of transformers by `test_between_versions.py`. The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones import load_backbone
+from controller import cli
+from controller.policy.layer_policy import LayerPolicy
+from envs.instructions import load_instructions
+from envs.prompts import encode, prompts_from
+from envs.rewards import RewardTable
+
+
+def write(data: Path, folder: Path) -> None:
+    asked = ["--data", str(data), "--fraction", "0.3", "--backbone", "tiny"]
+    run = ["--steps", "3", "--batch-size", "4", "--global-batch-size", "4"]
+    cli.main(["finetune", *asked, *run, "--insert-layer", "3", "--out", str(folder / "variant")])
+    cli.main(["sweep", *asked, "--insert-layers", "0,3,7", "--out", str(folder / "sweep")])
+    table = ["--table", str(folder / "sweep" / "table"), "--steps", "600", "--algorithm", "full-info"]
+    cli.main(["train-policy", *asked, *table, "--insert-layers", "0,3,7", "--out", str(folder / "policy")])
+
+
+def read(data: Path, folder: Path) -> dict[str, Any]:
+    """What each part gives, or the one line with which it is refused."""
+    prompts = prompts_from(load_instructions(data))[:4]
+    found: dict[str, Any] = {}
+    for part in ("checkpoint", "adapter"):
+        try:
+            backbone = load_backbone(folder / "variant" / part, device="cpu")
+        except OSError as error:
+            found[part] = str(error)
+            continue
+        inputs = encode(backbone.processor, prompts)
+        with torch.no_grad():
+            logits = backbone.model(**inputs).logits[inputs["labels"] != -100]
+        found[part] = [backbone.insert_layer, logits.float().mean(0).tolist()]
+    tiny = load_backbone("tiny", device="cpu")
+    policy = LayerPolicy.load(folder / "policy", tiny)
+    found["policy"] = policy.probabilities(policy.observation(tiny, prompts, 4)).tolist()
+    table = RewardTable.load(folder / "sweep" / "table")
+    found["table"] = table.losses.tolist()
+    return found
+
+
+if __name__ == "__main__":
+    job, data, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    result = write(data, folder) if job == "write" else read(data, folder)
+    print(json.dumps(result))

@@ -1,0 +1,178 @@
+"""Untried versions are tried before the first insertion; what gives other numbers is refused."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from backbones import UntriedVersionError, deep_insert, mechanism
+from backbones.compat import self_check, versions
+from backbones.compat.transformers import CACHE_ARGUMENTS
+from backbones.mechanism import ATTRIBUTE, Insertion
+from backbones.rows import Rows
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def untried(monkeypatch, tmp_path):
+    """As if nobody had tried these versions, and nothing were remembered."""
+    monkeypatch.setattr(versions, "TRIED_TRANSFORMERS", ("5.999.0",))
+    monkeypatch.setitem(self_check._state, "passed", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(self_check.SWITCH, raising=False)
+    return tmp_path / "deepinsert" / "self_check.json"
+
+
+@pytest.fixture
+def fix_taken_out(monkeypatch):
+    """As before the cache was known by its type: looked up by the name that other versions use."""
+    named = inspect.signature(LlamaDecoderLayer.forward).parameters
+    other = next(name for name in CACHE_ARGUMENTS if name not in named)
+    for module in ("mechanism", "grouping"):
+        monkeypatch.setattr(f"backbones.{module}.cache_in", lambda fields: dict(fields or {}).get(other))
+
+
+@pytest.fixture
+def wrong_cache(monkeypatch):
+    """A transformers whose cache answers with one position too many."""
+    stock = DynamicLayer.get_seq_length
+    monkeypatch.setattr(DynamicLayer, "get_seq_length", lambda layer: stock(layer) + bool(stock(layer)))
+
+
+@pytest.fixture
+def model():
+    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text)).eval()
+
+
+def test_what_works_passes_and_is_remembered(untried, model, monkeypatch):
+    deep_insert(model, 1)
+    (known,) = json.loads(untried.read_text())
+    assert transformers.__version__ in known and torch.__version__ in known
+    monkeypatch.setitem(self_check._state, "passed", False)
+    monkeypatch.setattr(self_check, "run_trial", lambda: pytest.fail("tried twice"))
+    deep_insert(model, 1)
+
+
+@pytest.mark.parametrize("fault", ["fix_taken_out", "wrong_cache"])
+def test_other_numbers_are_refused(untried, model, fault, request):
+    request.getfixturevalue(fault)
+    before = type(model.model.language_model)
+    for _ in range(2):  # the second call must not go on either
+        with pytest.raises(UntriedVersionError) as refused:
+            deep_insert(model, 1)
+    message = str(refused.value)
+    assert f"transformers {transformers.__version__.partition('+')[0]} with torch" in message
+    assert "generation with the cache against generation without it: " in message
+    assert "5.999.0" in message and f"{self_check.SWITCH}=0" in message
+    assert type(model.model.language_model) is before and not hasattr(before, ATTRIBUTE)
+    assert not untried.exists()
+
+
+def changed(stock, change):
+    return lambda *args, **kwargs: change(stock(*args, **kwargs))
+
+
+def flipped(output):
+    output.last_hidden_state = output.last_hidden_state.flip(0)
+    return output
+
+
+FAULTS = {
+    "insert layer 0 against": (Insertion, "call_layer", lambda output: output + 1e-6),
+    "insert layer 2 against": (Rows, "take", lambda rows: rows.flip(1) if rows.ndim == 3 else rows),
+    "one insert layer per row": (mechanism, "in_groups", flipped),
+}
+
+
+@pytest.mark.parametrize("check", FAULTS)
+def test_each_check_finds_its_fault(check, monkeypatch):
+    """The trial ends with the first check that fails, which names it; generation's is tried above."""
+    owner, name, change = FAULTS[check]
+    monkeypatch.setattr(owner, name, changed(getattr(owner, name), change))
+    with pytest.raises(UntriedVersionError, match=check):
+        self_check.run_trial()
+
+
+def test_the_switch(untried, model, monkeypatch, wrong_cache):
+    monkeypatch.setenv(self_check.SWITCH, "0")
+    deep_insert(model, 1)
+    assert not untried.exists()
+
+
+@pytest.mark.parametrize("left", ["nonsense", "[1, 2", "folder"])
+def test_a_spoilt_memory_is_no_obstacle(untried, model, left):
+    untried.parent.mkdir(parents=True)
+    if left == "folder":
+        untried.mkdir()
+    else:
+        untried.write_text(left)
+    deep_insert(model, 1)
+
+
+def test_the_caller_notices_nothing(untried, monkeypatch):
+    """Random numbers, default precision and default device are the caller's own."""
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            self_check.check_versions()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_threads_wait_for_the_trial(untried, monkeypatch):
+    tried, found = [], []
+    stock = self_check.run_trial
+
+    def slow():
+        stock()
+        tried.append(threading.get_ident())
+
+    monkeypatch.setattr(self_check, "run_trial", slow)
+
+    def work():
+        self_check.check_versions()
+        found.append(len(tried))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("library", "version"), [("transformers", "4.57.6"), ("transformers", "5.0.0rc1"), ("torch", "2.5.1")]
+)
+def test_what_is_too_old_is_said_in_one_line(monkeypatch, library, version):
+    monkeypatch.setattr(versions, "installed", lambda name: version if name == library else "99.0")
+    with pytest.raises(
+        ImportError, match=rf"^DeepInsert needs {library} \S+ or later, and this is {version}: .*$"
+    ):
+        versions.check_not_too_old()
+
+
+def test_the_versions_that_count_as_tried_are_those_of_the_page():
+    runs = json.loads((DOCS / "versions.json").read_text()).values()
+    right = [run for run in runs if run["failed"] == 0]
+    assert set(versions.TRIED_TRANSFORMERS) == {run["transformers"] for run in right}
+    assert set(versions.TRIED_TORCH) == {run["torch"] for run in right}
+    rows = (DOCS / "versions.md").read_text()
+    assert all(f"| {run['transformers']} | {run['torch']} | {run['python']} |" in rows for run in runs)
