@@ -7,11 +7,10 @@ hook would run again when gradient checkpointing recomputes a layer, the outer `
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,21 @@ from transformers import PreTrainedModel
 
 from .cache import (
     LayerKeys,
-    UnsupportedCacheError,
     check_can_continue,
     holds_short_layers,
     is_short_static,
     sees_all,
 )
-from .compat.transformers import attention_of, cache_in, cache_name, foreign_cache
+from .calls import (
+    ATTRIBUTE,
+    EmbeddingHook,
+    called_through,
+    map_hidden,
+    on_static_cache,
+    one_per_row,
+    outside_the_graph,
+)
+from .compat.transformers import attention_of, cache_in, cache_name
 from .families import (
     UnsupportedModelError,
     deepest_insert_layer,
@@ -42,26 +49,9 @@ from .forward import Forward
 from .grouping import can_group, in_groups
 from .positions import POSITION_ARGUMENTS, Sightings, real_positions, told_positions
 from .progress import OVERRIDES, Driver, Override, Progress
+from .refusals import check_call
 from .rows import Rows, rows_of
 from .section import Section
-from .static_cache import hide_holes
-
-ATTRIBUTE = "_deepinsert"
-
-
-class _EmbeddingHook:
-    """Hook on the input embeddings. Where they alone are copied, as PEFT does (`modules_to_save`), the copy
-    reports to the same insertion; where the model is copied, to the model's own."""
-
-    def __init__(self, insertion: Insertion) -> None:
-        self.insertion = insertion
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.insertion.saw_embedding(module, args, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _EmbeddingHook:
-        whole = id(self.insertion.entrance) in memo or id(self.insertion.stack) in memo
-        return _EmbeddingHook(copy.deepcopy(self.insertion, memo) if whole else self.insertion)
 
 
 class Insertion:
@@ -116,13 +106,13 @@ class Insertion:
     def install(self) -> None:
         setattr(self.stack, ATTRIBUTE, self)
         kind: Any = type(self.stack)
-        self.stack.__class__ = _called_through(kind, "call_stack")
+        self.stack.__class__ = called_through(kind, "call_stack")
         for index, layer in enumerate(self.stack.layers):
             setattr(layer, ATTRIBUTE, (self, (index,)))
             kind = type(layer)
-            layer.__class__ = _called_through(kind, "call_layer")
+            layer.__class__ = called_through(kind, "call_layer")
         self.handles = [
-            self.embedding.register_forward_hook(_EmbeddingHook(self)),
+            self.embedding.register_forward_hook(EmbeddingHook(self)),
             self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
             self.entrance.register_forward_hook(self.left, always_call=True),
         ]
@@ -232,7 +222,7 @@ class Insertion:
         untouched = self.insert_layer == 0 and not self.overrides and not holds_short_layers(past)
         if untouched or self.decodes_statically(call, past):
             return stock(*args, **kwargs)
-        return _outside_the_graph(self.plan_and_run, stock, args, kwargs, self.compiled_seen)
+        return outside_the_graph(self.plan_and_run, stock, args, kwargs, self.compiled_seen)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The stack's arguments by name."""
@@ -259,37 +249,18 @@ class Insertion:
                 return stock(*args, **kwargs)
             embeds = call.get("inputs_embeds")
             if embeds is None:
-                per_row = _one_per_row(layers, call["input_ids"].shape[0])
+                per_row = one_per_row(layers, call["input_ids"].shape[0])
                 return self.run(stock, per_row, None, call, partial(self.plan_inside, per_row, call))
             multimodal = self.multimodal(seen, embeds)
             if multimodal is not None:
-                self.check_recorded(call)
-                self.check_cache(call)
-            per_row = _one_per_row(layers, embeds.shape[0])
+                check_call(self.stack, call)
+            per_row = one_per_row(layers, embeds.shape[0])
             if multimodal is not None and can_group(self.stack, per_row, call):
                 return in_groups(partial(self.run, stock), per_row, multimodal, call)
             return self.run(stock, per_row, multimodal, call)
         finally:
             # A stack that embeds ids itself has been seen to do so: of no concern to the next forward.
             progress.seen, progress.depth = Sightings(), progress.depth - 1
-
-    def check_recorded(self, call: dict[str, Any]) -> None:
-        """Refuse router logits: the stock loss that balances experts would give them to the wrong tokens."""
-        name = "output_router_logits"
-        if call.get(name, getattr(self.stack.config, name, False)):
-            raise ValueError(
-                f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the "
-                "loss that balances the experts cannot know; set it to False"
-            )
-
-    def check_cache(self, call: dict[str, Any]) -> None:
-        """Refuse a cache whose layers nothing is known of: their keys could not be told apart later."""
-        foreign = foreign_cache(call)
-        if foreign is not None:
-            raise UnsupportedCacheError(
-                f"{type(foreign).__name__} is no cache of transformers' own: use the default DynamicCache, "
-                "pass use_cache=False, or insert at layer 0"
-            )
 
     def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
         """(B, S) bool of the positions that wait; None where there are none."""
@@ -380,16 +351,16 @@ class Insertion:
                 # Rows may join here: an earlier turn on this cache had them wait longer.
                 first = self.layer_arguments[0]
                 call[first] = forward.enter(index, call[first])
-            return _on_static_cache(index, stock, call, 1 if forward is None else forward.length)
+            return on_static_cache(index, stock, call, 1 if forward is None else forward.length)
         if forward.decodes and not forward.flash and sees_all(past, index, call.get("attention_mask")):
             return stock(*args, **kwargs)
-        return self.call_with_rows(index, stock, call, forward)
+        return self.call_with_rows(index, stock, call, past, forward)
 
     def call_with_rows(
-        self, index: int, stock: Callable[..., Any], call: dict[str, Any], forward: Forward
+        self, index: int, stock: Callable[..., Any], call: dict[str, Any], past: Any, forward: Forward
     ) -> Any:
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
-        keys = LayerKeys(cache_in(call), index, forward.length)
+        keys = LayerKeys(past, index, forward.length)
         if forward.flash and (forward.rows is not None or keys.short):
             self.check_window(index, keys)
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
@@ -405,7 +376,7 @@ class Insertion:
             return output
         keys.record(forward.keymap(columns, keys.past), hidden.shape[-2])
         if forward.between or index == self.num_layers - 1:
-            return _map_hidden(output, forward.put_back)
+            return map_hidden(output, forward.put_back)
         return output
 
     def check_can_leave_out(self, index: int, call: dict[str, Any], keys: LayerKeys, rows: Rows) -> None:
@@ -419,41 +390,3 @@ class Insertion:
                 f"a prompt of {end} positions: this model scales attention by the number of a row from "
                 f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
             )
-
-
-@torch.compiler.disable
-def _outside_the_graph(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
-def _one_per_row(layers: Sequence[int], batch: int) -> list[int]:
-    """One insert layer for each row of the batch; rows that generation repeats take theirs along."""
-    if batch % len(layers):
-        raise ValueError(f"{len(layers)} insert layers for a batch of {batch} rows: give one, or one per row")
-    return [layer for layer in layers for _ in range(batch // len(layers))]
-
-
-def _map_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A decoder layer's output, a tensor or a tuple that starts with one, with `change` applied to it."""
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-
-def _on_static_cache(index: int, stock: Callable[..., Any], call: dict[str, Any], length: int) -> Any:
-    """A layer called with all its rows, whose static cache may have holes."""
-    past = cache_in(call)
-    if is_short_static(past, index):
-        call["attention_mask"] = hide_holes(past.layers[index], call.get("attention_mask"), length)
-    return stock(**call)
-
-
-@cache
-def _called_through(stock_class: Any, through: str) -> type[nn.Module]:
-    """`stock_class` with a `__call__` that goes through the insertion; same name, no new parameter."""
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = getattr(module, ATTRIBUTE)
-        insertion, place = found if isinstance(found, tuple) else (found, ())
-        return getattr(insertion, through)(*place, partial(stock_class.__call__, module), args, kwargs)
-
-    members = {"__call__": call, "__module__": stock_class.__module__, "_stock_class": stock_class}
-    return type(stock_class.__name__, (stock_class,), members | {"__qualname__": stock_class.__qualname__})

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .compat.transformers import GROWING, INDEXED, KEYLESS, cached_as
+from .cache import UnsupportedCacheError
+from .compat.transformers import GROWING, INDEXED, KEYLESS, cached_as, foreign_cache
 from .families import (
     ENCODER_DECODER,
     UnsupportedModelError,
@@ -48,6 +49,26 @@ def check_runs(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name_of(model)} has no forward of its own; give the part of it that reads images, video or "
             f"sounds (among {', '.join(parts)}): what is set there holds when the whole model calls it"
+        )
+
+
+def check_call(stack: Any, call: dict[str, Any]) -> None:
+    """Refuse what a call of `stack` with rows left out would get wrong.
+
+    Router logits: the stock loss that balances experts would give them to the wrong tokens. A cache that is
+    none of transformers' own: nothing is known of how its layers keep their keys.
+    """
+    name = "output_router_logits"
+    if call.get(name, getattr(stack.config, name, False)):
+        raise ValueError(
+            f"{name} needs insert layer 0: below an insert layer some tokens pass no router, which the loss "
+            "that balances the experts cannot know; set it to False"
+        )
+    foreign = foreign_cache(call)
+    if foreign is not None:
+        raise UnsupportedCacheError(
+            f"{type(foreign).__name__} is no cache of transformers' own: use the default DynamicCache, pass "
+            "use_cache=False, or insert at layer 0"
         )
 
 

@@ -131,9 +131,9 @@ def _model() -> Any:
         vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=8, patch_size=4),
         text_config=LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=WORDS),
         image_token_index=IMAGE,
-        attn_implementation="sdpa",
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation("sdpa")
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:

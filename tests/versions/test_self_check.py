@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from backbones.compat import self_check, versions
 from backbones.compat.transformers import CACHE_ARGUMENTS
 from backbones.mechanism import ATTRIBUTE, Insertion
 from backbones.rows import Rows
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -167,12 +164,3 @@ def test_what_is_too_old_is_said_in_one_line(monkeypatch, library, version):
         ImportError, match=rf"^DeepInsert needs {library} \S+ or later, and this is {version}: .*$"
     ):
         versions.check_not_too_old()
-
-
-def test_the_versions_that_count_as_tried_are_those_of_the_page():
-    runs = json.loads((DOCS / "versions.json").read_text()).values()
-    right = [run for run in runs if run["failed"] == 0]
-    assert set(versions.TRIED_TRANSFORMERS) == {run["transformers"] for run in right}
-    assert set(versions.TRIED_TORCH) == {run["torch"] for run in right}
-    rows = (DOCS / "versions.md").read_text()
-    assert all(f"| {run['transformers']} | {run['torch']} | {run['python']} |" in rows for run in runs)
