@@ -107,7 +107,7 @@ def _short_kind(kind: Any) -> type:
             # the rest.
             removed = int((columns >= length).sum(dim=1).min())
             if seen < getattr(self, "sliding_window", seen + 1):
-                # To 5.13 the stock method computes the length to keep, which must be that of the keys held.
+                # To 5.14 the stock method computes the length to keep, which must be that of the keys held.
                 become_short(self, KeyMap(columns, 0, self.keymap.ragged), columns.shape[1])
             crop_held(super().crop, removed)
             columns = columns[:, : columns.shape[1] - removed]

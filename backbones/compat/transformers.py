@@ -26,7 +26,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 UNREGISTERED: dict[str, Any] = {"_layer_type": None, "layer_type": None}
 """Class attributes of a cache layer's subclass that is not to stand for a type of layers: a class with a
-`layer_type` (5.8 to 5.15) or `_layer_type` (since 5.16) becomes the one that new caches are made of."""
+`layer_type` (5.8 to 5.13) or `_layer_type` (since 5.14) becomes the one that new caches are made of."""
 
 
 def _kinds(*names: str) -> tuple[type, ...]:
@@ -42,10 +42,10 @@ KEYLESS = STATEFUL + _kinds("DummyLayer")
 
 GROWING = _kinds("DynamicLayer", "DynamicSlidingWindowLayer")
 QUANTISED = _kinds("QuantoQuantizedLayer", "HQQQuantizedLayer", "Fp8QuantizedLayer")
-"""The last one since 5.22."""
+"""The last one since 5.21."""
 
 INDEXED = _kinds("DynamicIndexedLayer")
-"""Growing layers with an indexer's keys beside their own; since 5.12."""
+"""Growing layers with an indexer's keys beside their own; since 5.11."""
 
 STATIC = _kinds("StaticLayer", "StaticSlidingWindowLayer")
 STATIC_COUNTS = isinstance(
@@ -98,7 +98,7 @@ def kept_of_window(layer: Any) -> int | None:
 
 
 _CROP_TAKES_A_LENGTH = "max_length" in inspect.signature(cache_utils.DynamicLayer.crop).parameters
-"""To 5.13 `crop` takes the length to keep, or minus the number of tokens to remove; later the second."""
+"""To 5.14 `crop` takes the length to keep, or minus the number of tokens to remove; later the second."""
 
 
 def tokens_to_remove(asked: int, length: int) -> int:
@@ -110,7 +110,7 @@ def tokens_to_remove(asked: int, length: int) -> int:
 
 def crop_held(crop: Callable[[int], None], count: int) -> None:
     """Have a stock layer's `crop` drop the last `count` of the keys that it holds. Of none, a layer with a
-    window may still drop what it no longer needs, since 5.14; before, that would be a length of 0."""
+    window may still drop what it no longer needs, since 5.15; before, that would be a length of 0."""
     if count or not _CROP_TAKES_A_LENGTH:
         crop(-count)
 

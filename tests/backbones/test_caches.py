@@ -151,7 +151,7 @@ def test_a_quantised_cache_holds_the_same_rows():
 def test_an_eight_bit_cache(layers):
     """What a short layer of 8-bit keys returns is as near to the exact keys as 8 bits allow."""
     if len(QUANTISED) < 3:
-        skip_here("there is no cache of 8 bits, as since 5.22")
+        skip_here("there is no cache of 8 bits, as since 5.21")
     model = deep_insert(FAMILIES["llava"].model(), 0)
     inputs = FAMILIES["llava"].batch(model, ROWS)
     config = model.config.get_text_config()

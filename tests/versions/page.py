@@ -37,7 +37,7 @@ models that the commands load with, and want `huggingface_hub` and `tokenizers` 
 - A static cache can skip tokens from transformers 5.4 on; before, it is refused by name.
 - Models with recurrent layers (Qwen3.5, LFM2) work from 5.5 on; before, they bring caches of their own and
   are refused by name.
-- Caches of 8 bits exist from 5.22 on.
+- Caches of 8 bits exist from 5.21 on.
 - Checkpoints, adapters, policies and reward tables are read both ways between the oldest and the newest
   version, with the same numbers to 1e-5. Where a version does not know the names that another has given to
   weights, as 5.5 and older with CLIP towers of models that were built, not loaded, under 5.6 or later,
