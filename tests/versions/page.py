@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,9 +58,14 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     lines = [HEAD.format(families=max(run["families"] for run in runs)) + "\n".join(rows), FOOT]
     for run in reversed(ordered):
         lines.append("### transformers {transformers}, torch {torch}, Python {python}\n".format(**run))
-        lines += [f"- {reason}: {', '.join(names)}" for reason, names in run["reasons"].items()]
+        lines += [f"- {reason[:160]}: {_subjects(names)}" for reason, names in run["reasons"].items()]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _subjects(names: Sequence[str]) -> str:
+    """Families and tests; parameters that are neither say nothing."""
+    return ", ".join(name.removeprefix("test_") for name in names if re.search("[a-z]", name))
 
 
 def _number(version: str) -> list[int]:
