@@ -24,7 +24,7 @@ TRIED_TRANSFORMERS = (
     "5.23.0",
     "5.24.0",
 )
-TRIED_TORCH = ("2.13.0",)
+TRIED_TORCH = ("2.13.0", "2.15.0")
 
 
 def installed(library: str) -> str:
