@@ -30,6 +30,7 @@ IMAGE, IMAGE_TOKENS, WORDS = 5, 4, 32
 LAYERS, INSERT_LAYER = 3, 2
 TOLERANCE = 1e-4
 
+_STOCK_REGISTRATION = nn.Module.register_parameter, nn.Module.register_buffer
 _lock = threading.RLock()
 _state = {"passed": False, "trying": False}
 log = logging.getLogger("deepinsert")
@@ -132,7 +133,8 @@ def _model() -> Any:
         text_config=LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=WORDS),
         image_token_index=IMAGE,
     )
-    model: Any = LlavaForConditionalGeneration(config).eval()
+    with _real_parameters():
+        model: Any = LlavaForConditionalGeneration(config).eval()
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         for weight in model.parameters():
@@ -198,10 +200,27 @@ def _waiting(layers: nn.ModuleList, multimodal: Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def _real_parameters() -> Iterator[None]:
+    """Modules made here have parameters of their own, also where accelerate's `init_empty_weights`, which
+    replaces methods of `nn.Module`, would put them on the meta device."""
+    replaced = nn.Module.register_parameter, nn.Module.register_buffer
+    nn.Module.register_parameter, nn.Module.register_buffer = _STOCK_REGISTRATION  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter, nn.Module.register_buffer = replaced  # type: ignore[method-assign]
+
+
+@contextmanager
 def _apart() -> Iterator[None]:
     """On the CPU in float32, without a trace in the caller's random numbers."""
     default = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.inference_mode(False),
+    ):
         torch.set_default_dtype(torch.float32)
         try:
             yield

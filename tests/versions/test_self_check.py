@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -131,6 +132,21 @@ def test_the_caller_notices_nothing(untried, monkeypatch):
     finally:
         torch.set_default_dtype(default)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.inference_mode(),
+        lambda: init_empty_weights(include_buffers=True),
+    ],
+    ids=["autocast", "inference mode", "empty weights"],
+)
+def test_the_trial_is_the_same_wherever_it_is_called(untried, surroundings):
+    with surroundings():
+        self_check.check_versions()
+    assert untried.exists()
 
 
 def test_threads_wait_for_the_trial(untried, monkeypatch):
