@@ -106,6 +106,10 @@ def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]])
         failed = sorted(test for test, outcome in outcomes[name].items() if outcome == "failed")
         label = f"{name.removeprefix(kind).strip('-')}: " if name != kind else ""
         remarks += [f"**{label}{test} failed**" for test in failed]
+        if family.broken_in == transformers.__version__:
+            remarks.append(
+                f"{label}**not tried: the stock model fails in {family.broken_in}**, and works before"
+            )
         if family.remark and not any(family.remark in remark for remark in remarks):
             remarks.append(f"{label}{family.remark}")
         remarks += [f"{label}without {test.replace('_', ' ')}: {why}" for test, why in family.without.items()]
