@@ -274,6 +274,8 @@ def token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def logits_of(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """(B, S, V) logits of one forward without gradients."""
+    if not options and hasattr(getattr(model, "model", None), "rope_deltas"):
+        model.model.rope_deltas = None  # to 5.3, a batch without images is placed as the one before it
     with torch.no_grad():
         return model(**inputs, **options).logits
 
