@@ -11,7 +11,7 @@ import torch
 from reference import reference_logits
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from zoo import FAMILIES, LAYERS, logits_of, skip_here, skip_where_stock_differs
+from zoo import FAMILIES, LAYERS, forget_the_last_batch, logits_of, skip_here, skip_where_stock_differs
 
 from backbones import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
 
@@ -465,6 +465,7 @@ def test_generation_from_embeddings_equals_generation_from_ids():
 def test_a_batch_without_images_is_the_stock_models(family, stock, inserted):
     inputs = family.batch(stock, [(5,), (5,)])
     set_insert_layer(inserted, 3)
+    forget_the_last_batch(inserted)
     with torch.no_grad():
         output = inserted(**inputs, use_cache=True)
     assert torch.equal(output.logits, logits_of(stock, inputs))

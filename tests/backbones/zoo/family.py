@@ -272,10 +272,17 @@ def token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"mm_token_type_ids": (inputs["input_ids"] == PLACEHOLDER).long()}
 
 
+def forget_the_last_batch(model: Any) -> None:
+    """Qwen-VL models of 5.2 and 5.3 place a batch without images as the one before it."""
+    for part in model.modules():
+        if getattr(part, "rope_deltas", None) is not None:
+            part.rope_deltas = None
+
+
 def logits_of(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """(B, S, V) logits of one forward without gradients."""
-    if not options and hasattr(getattr(model, "model", None), "rope_deltas"):
-        model.model.rope_deltas = None  # to 5.3, a batch without images is placed as the one before it
+    if not options:
+        forget_the_last_batch(model)
     with torch.no_grad():
         return model(**inputs, **options).logits
 
