@@ -1,6 +1,7 @@
 """DeepInsert on stock multimodal models: the variable-depth forward, its costs, and loading."""
 
-from .compat.self_check import UntriedVersionError
+from deepinsert.backbones.compat.self_check import UntriedVersionError
+
 from .costs import CostModel, eq5_flops
 from .families import UnsupportedModelError
 from .insertion import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer

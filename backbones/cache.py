@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 
-from .compat.transformers import (
+from deepinsert.backbones.compat.transformers import (
     GROWING,
     INDEXED,
     KEYLESS,
@@ -32,6 +32,7 @@ from .compat.transformers import (
     tokens_to_remove,
     too_old_for_static_caches,
 )
+
 from .static_cache import lay_out, returned_columns
 
 

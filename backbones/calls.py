@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepinsert.backbones.compat.transformers import cache_in
+
 from .cache import is_short_static
-from .compat.transformers import cache_in
 from .static_cache import hide_holes
 
 ATTRIBUTE = "_deepinsert"

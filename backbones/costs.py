@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from .compat.transformers import sharing_modes
+from deepinsert.backbones.compat.transformers import sharing_modes
+
 from .encoder_costs import EncoderCost, encoder_cost_of, measure_encoder
 from .families import UnsupportedModelError, base_model_of, find_stack, is_encoder_decoder
 from .module_costs import LayerTraffic, RowCost, key_value_width, layer_traffic, row_cost, weight_bytes

@@ -5,12 +5,13 @@ Generic rules find both on stock `transformers` models; what they cannot do, `re
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compat.transformers import layers_read_by_others
+from deepinsert.backbones.compat.transformers import layers_read_by_others
 
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
@@ -90,7 +91,18 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
     """The module whose `get_placeholder_mask` says where features are scattered; None where there is none."""
     owners = [module for module in model.modules() if hasattr(type(module), "get_placeholder_mask")]
-    return owners[0] if owners else None
+    return next(filter(_has_a_placeholder, owners), None)
+
+
+def _has_a_placeholder(owner: Any) -> bool:
+    """Whether the configuration of `owner` has a token that its `get_placeholder_mask` asks for.
+
+    Voxtral Realtime adds its features to the embeddings and has no such token; its class has the method in
+    transformers 5.2 to 5.11.
+    """
+    method = inspect.unwrap(type(owner).get_placeholder_mask)
+    names = [name for name in method.__code__.co_names if name.endswith("token_id")]
+    return not names or any(hasattr(owner.config, name) for name in names)
 
 
 def placeholder_methods(owner: Any | None) -> list[str]:

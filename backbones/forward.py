@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepinsert.backbones.compat.transformers import CACHE_ARGUMENTS
+
 from .cache import KeyMap, LayerKeys
-from .compat.transformers import CACHE_ARGUMENTS
 from .families import UnsupportedModelError
 from .masks import Columns, row_mask, select_mask
 from .rows import Rows

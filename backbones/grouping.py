@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 
-from .cache import KeyMap, become_short, is_empty, is_short, stored_keys
-from .compat.transformers import (
+from deepinsert.backbones.compat.transformers import (
     CACHE_ARGUMENTS,
     GROWING,
     KEYLESS,
@@ -26,6 +25,8 @@ from .compat.transformers import (
     cache_name,
     join_states,
 )
+
+from .cache import KeyMap, become_short, is_empty, is_short, stored_keys
 
 _BATCH_DIMENSION = {
     "input_ids": 0,

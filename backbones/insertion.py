@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .compat.self_check import check_versions
+from deepinsert.backbones.compat.self_check import check_versions
+
 from .families import base_model_of, find_stack
 from .mechanism import ATTRIBUTE, Insertion
 from .progress import Override

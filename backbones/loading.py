@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from .compat.transformers import adapter_config, file_beside, processor_without_video
+from deepinsert.backbones.compat.transformers import adapter_config, file_beside, processor_without_video
+
 from .families import find_stack, placeholder_token_ids
 from .insertion import deep_insert, insert_at, insert_layer_of
 
@@ -126,10 +127,10 @@ class Backbone:
     ) -> list[str]:
         """The answer to each prompt (P), greedy unless `generate`, which reaches `model.generate`, says else.
 
-        `prompts` are `envs.Prompt`s. A `policy`, such as `controller.policy.LayerPolicy`, chooses a layer for
+        `prompts` are `deepinsert.Prompt`s. A `policy`, such as `deepinsert.LayerPolicy`, chooses a layer for
         each, and prompts of several layers are generated together. Otherwise `insert_layer` is one layer, or
-        one for each prompt; by default the one in force. With `num_return_sequences`, a prompt's answers
-        follow each other.
+        one for each prompt; by default the one in force. With `num_return_sequences`, the answers to one
+        prompt follow each other.
 
         Raises `ValueError` for both a policy and an insert layer, for another number of layers than of
         prompts, and for a layer that the model does not have.

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import (
-    LayerKeys,
-    check_can_continue,
-    holds_short_layers,
-    is_short_static,
-    sees_all,
-)
+from deepinsert.backbones.compat.transformers import attention_of, cache_in, cache_name
+
+from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static, sees_all
 from .calls import (
     ATTRIBUTE,
     EmbeddingHook,
@@ -33,7 +29,6 @@ from .calls import (
     one_per_row,
     outside_the_graph,
 )
-from .compat.transformers import attention_of, cache_in, cache_name
 from .families import (
     UnsupportedModelError,
     deepest_insert_layer,

@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from deepinsert.backbones.compat.transformers import GROWING, INDEXED, KEYLESS, cached_as, foreign_cache
+
 from .cache import UnsupportedCacheError
-from .compat.transformers import GROWING, INDEXED, KEYLESS, cached_as, foreign_cache
 from .families import (
     ENCODER_DECODER,
     UnsupportedModelError,

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compat.transformers import CACHE_ARGUMENTS, attention_of, cache_name
+from deepinsert.backbones.compat.transformers import CACHE_ARGUMENTS, attention_of, cache_name
+
 from .families import base_model_of, is_encoder_decoder
 from .insertion import insertion_of
 from .mechanism import Insertion

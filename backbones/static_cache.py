@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat.torch import mark_static_address
-from .compat.transformers import UNREGISTERED
+from deepinsert.backbones.compat.torch import mark_static_address
+from deepinsert.backbones.compat.transformers import UNREGISTERED
 
 
 @memoised

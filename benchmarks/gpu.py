@@ -17,16 +17,16 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from backbones import CostModel
-from controller.option_checks import check, parse_layers
-from controller.options import RunOptions
-from controller.performance.batches import make_batch, tokens_per_image
-from controller.performance.bench import Subject, finish, measure_cells
-from controller.performance.grids import Cell
-from controller.performance.host_syncs import find_syncs
-from controller.performance.published import PUBLISHED
-from controller.performance.tables import measured_on, terminal, text_table
-from controller.runs import read_result, start_run, write_json
+from deepinsert.backbones import CostModel
+from deepinsert.controller.option_checks import check, parse_layers
+from deepinsert.controller.options import RunOptions
+from deepinsert.controller.performance.batches import make_batch, tokens_per_image
+from deepinsert.controller.performance.bench import Subject, finish, measure_cells
+from deepinsert.controller.performance.grids import Cell
+from deepinsert.controller.performance.host_syncs import find_syncs
+from deepinsert.controller.performance.published import PUBLISHED
+from deepinsert.controller.performance.tables import measured_on, terminal, text_table
+from deepinsert.controller.runs import read_result, start_run, write_json
 
 PAPER = {4: 0.928, 8: 0.881, 12: 0.836}
 """Prefill of LLaVA-1.5-7B by insert layer against stock, on the paper's A100."""

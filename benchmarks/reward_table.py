@@ -24,19 +24,19 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from backbones import Backbone, deep_insert, load_backbone
-from backbones.loading import TINY, load_processor
-from controller.options import RunOptions
-from controller.performance.arms import Arm, Clock, Spent, compare, take_turns
-from controller.performance.models import BENCH_MODELS, PATCH_SIZE, build_bench_model
-from controller.performance.tables import markdown_table, measured_on, text_table
-from controller.runs import machine, replacing, start_run, write_json, write_result
-from envs.block_forward import BlockForward
-from envs.group_forward import GroupForward
-from envs.instructions import load_instructions
-from envs.prompt_keys import prompt_groups
-from envs.prompts import Prompt, prompts_from
-from envs.rendering import render_instructions
+from deepinsert.backbones import Backbone, deep_insert, load_backbone
+from deepinsert.backbones.loading import TINY, load_processor
+from deepinsert.controller.options import RunOptions
+from deepinsert.controller.performance.arms import Arm, Clock, Spent, compare, take_turns
+from deepinsert.controller.performance.models import BENCH_MODELS, PATCH_SIZE, build_bench_model
+from deepinsert.controller.performance.tables import markdown_table, measured_on, text_table
+from deepinsert.controller.runs import machine, replacing, start_run, write_json, write_result
+from deepinsert.envs.block_forward import BlockForward
+from deepinsert.envs.group_forward import GroupForward
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompt_keys import prompt_groups
+from deepinsert.envs.prompts import Prompt, prompts_from
+from deepinsert.envs.rendering import render_instructions
 
 BATCH = 32
 """Prompts in a batch of the independent arm."""

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backbones import Backbone
-from backbones.loading import to_model
-from envs.block_forward import BlockForward
-from envs.prompts import Prompt
+from deepinsert.backbones import Backbone
+from deepinsert.backbones.loading import to_model
+from deepinsert.envs.block_forward import BlockForward
+from deepinsert.envs.prompts import Prompt
 
 from .runs import progress
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from envs.instructions import InstructionData, load_instructions
-from envs.prompts import Prompt, prompts_from
+from deepinsert.envs.instructions import InstructionData, load_instructions
+from deepinsert.envs.prompts import Prompt, prompts_from
 
 from .option_checks import parse_share, parse_sources
 

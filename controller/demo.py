@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbones.loading import TINY
-from envs.rendering import render_instructions
+from deepinsert.backbones.loading import TINY
+from deepinsert.controller.studies.jobs import run_of
+from deepinsert.controller.variants.report import columns
+from deepinsert.envs.rendering import render_instructions
 
 from .options import (
     DemoOptions,
@@ -24,8 +26,6 @@ from .options import (
     TrainPolicyOptions,
 )
 from .runs import describe_machine, machine, read_result, same_run, start_run, write_json, write_result
-from .studies.jobs import run_of
-from .variants.report import columns
 
 STEPS = ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate")
 INSTRUCTIONS = "instructions.json"

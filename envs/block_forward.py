@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backbones import Backbone, CostModel
-from backbones.loading import to_model
+from deepinsert.backbones import Backbone, CostModel
+from deepinsert.backbones.loading import to_model
 
 from .prompts import IGNORED, Prompt, answer_loss, encode
 

@@ -1,7 +1,7 @@
 """Losses of all questions about some images at many insert layers, nothing of them computed twice.
 
 The backbone is frozen and its attention causal, so questions run as branches of one prefix
-(`backbones.shared_prefix`). Models for which that does not hold run each question by itself.
+(`deepinsert.backbones.shared_prefix`). Models for which that does not hold run each question by itself.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from backbones import Backbone
-from backbones.shared_prefix import Branches, CannotShareError, SharedPrefix, Texts
+from deepinsert.backbones import Backbone
+from deepinsert.backbones.shared_prefix import Branches, CannotShareError, SharedPrefix, Texts
 
 from .block_forward import BlockForward, to_model
 from .group_prompts import GroupPrompts, group_prompts, stacked

@@ -17,7 +17,7 @@ from .rewards import Bonus, RewardTable
 from .skip_weights import SkipWeights
 
 if TYPE_CHECKING:
-    from backbones import Backbone
+    from deepinsert.backbones import Backbone
 
     from .prompts import Prompt
 

@@ -17,14 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from backbones.families import deepest_insert_layer, find_stack
-from backbones.insertion import insert_at
-from backbones.loading import to_model
+from deepinsert.backbones.families import deepest_insert_layer, find_stack
+from deepinsert.backbones.insertion import insert_at
+from deepinsert.backbones.loading import to_model
 
 from .prompts import ImageRef, Prompt, encode, text_token_ids
 
 if TYPE_CHECKING:
-    from backbones import Backbone
+    from deepinsert.backbones import Backbone
 
 FloatArray = NDArray[np.float32]
 

@@ -15,4 +15,4 @@ def register_envs() -> None:
     """
     if ENV_ID not in registry:
         # Passive checking and order enforcement stay on: an episode is one step, they cost little.
-        register(id=ENV_ID, entry_point="envs.insert_layer_env:InsertLayerEnv")
+        register(id=ENV_ID, entry_point="deepinsert.envs.insert_layer_env:InsertLayerEnv")

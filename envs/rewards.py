@@ -24,7 +24,7 @@ from .prompt_keys import digest, distinct, group_key, prompt_groups, prompt_keys
 from .reward_files import RewardFiles
 
 if TYPE_CHECKING:
-    from backbones import Backbone, CostModel
+    from deepinsert.backbones import Backbone, CostModel
 
     from .prompts import Prompt
 
@@ -421,7 +421,7 @@ class RewardTable:
 
     @cached_property
     def _costs(self) -> CostModel:
-        from backbones import CostModel
+        from deepinsert.backbones import CostModel
 
         return CostModel.from_model(self._backbone.model)
 

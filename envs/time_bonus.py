@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from backbones.loading import to_model
+from deepinsert.backbones.loading import to_model
 
 if TYPE_CHECKING:
-    from backbones import Backbone
+    from deepinsert.backbones import Backbone
 
     from .prompts import Prompt
 

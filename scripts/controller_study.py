@@ -5,14 +5,9 @@ Sweep, policies of every algorithm, ablations, recommendation, evaluation; what 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from controller.studies.controller_study import ControllerStudyOptions, run
+from deepinsert.controller.studies.controller_study import ControllerStudyOptions, run
 
 if __name__ == "__main__":
     run(tyro.cli(ControllerStudyOptions, description=__doc__))

@@ -6,11 +6,8 @@ Options are those of `deepinsert finetune`; `scripts/accelerate` has configurati
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from controller.cli import main
+from deepinsert.controller.cli import main
 
 if __name__ == "__main__":
     main(["finetune", *sys.argv[1:]])

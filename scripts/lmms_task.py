@@ -5,14 +5,9 @@ Then `lmms_eval --include_path runs/task --tasks instructions --model deepinsert
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from controller.lmms.task import TaskOptions, write_task
+from deepinsert.controller.lmms.task import TaskOptions, write_task
 
 if __name__ == "__main__":
     print(f"Task folder: {write_task(tyro.cli(TaskOptions, description=__doc__))}")

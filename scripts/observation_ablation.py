@@ -5,14 +5,9 @@ FILE is in LLaVA's JSON. The same command again continues a run that was cut off
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from controller.studies.ablation import ObservationAblationOptions, run
+from deepinsert.controller.studies.ablation import ObservationAblationOptions, run
 
 if __name__ == "__main__":
     run(tyro.cli(ObservationAblationOptions, description=__doc__))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "backbones")]  # small_*, zoo
 
 
 @pytest.fixture(scope="session")
 def tiny_backbone():
     """The backbone that comes with the package, on the CPU; tests leave its insert layer as it was."""
-    from backbones import load_backbone
+    from deepinsert.backbones import load_backbone
 
     return load_backbone("tiny", device="cpu")
 
@@ -31,6 +29,6 @@ def small_backbone(request):
 @pytest.fixture(scope="session")
 def rendered_data(tmp_path_factory) -> Path:
     """`instructions.json` with its images beside it: a few dozen questions of every source."""
-    from envs.rendering import render_instructions
+    from deepinsert.envs.rendering import render_instructions
 
     return render_instructions(tmp_path_factory.mktemp("rendered"), images=24, seed=1)

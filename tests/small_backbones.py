@@ -17,7 +17,7 @@ from zoo.family import TEXT, VISION
 from zoo.qwen_like import ROTARY
 from zoo.qwen_like import VISION as GRID_VISION
 
-from backbones import Backbone, deep_insert
+from deepinsert.backbones import Backbone, deep_insert
 
 
 def llava_next_backbone() -> Backbone:

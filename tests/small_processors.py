@@ -16,7 +16,7 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
-from backbones.compat.transformers import pil_image_processor
+from deepinsert.backbones.compat.transformers import pil_image_processor
 
 TINY = Path(__file__).parents[1] / "backbones" / "tiny"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from envs.rewards import RewardTable
+from deepinsert.envs.rewards import RewardTable
 
 LAYERS = 8
 

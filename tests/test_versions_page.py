@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from backbones.compat import versions
+from deepinsert.backbones.compat import versions
 
 DOCS = Path(__file__).parents[1] / "docs"
 

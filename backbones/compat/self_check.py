@@ -101,7 +101,7 @@ def _cached_generation() -> str:
 
 
 def _one_layer_per_row() -> str:
-    from ..insertion import insert_at
+    from deepinsert.backbones.insertion import insert_at
 
     model, inputs, layers = _inserted(_model(), 0), _inputs(rows=2), [INSERT_LAYER, 1]
     with insert_at(model, layers):
@@ -157,7 +157,7 @@ def _inputs(rows: int = 1, only: int | None = None) -> dict[str, Tensor]:
 
 
 def _inserted(model: Any, layer: int) -> Any:
-    from ..insertion import deep_insert
+    from deepinsert.backbones.insertion import deep_insert
 
     return deep_insert(copy.deepcopy(model), layer)
 

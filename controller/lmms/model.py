@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from backbones import load_backbone
-from backbones.loading import to_model
-from envs.block_forward import BlockForward
-from envs.prompts import IGNORED, Prompt, answer_loss, encode
+from deepinsert.backbones import load_backbone
+from deepinsert.backbones.loading import to_model
+from deepinsert.controller.answers import generation_inputs
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.runs import progress
+from deepinsert.envs.block_forward import BlockForward
+from deepinsert.envs.prompts import IGNORED, Prompt, answer_loss, encode
 
-from ..answers import generation_inputs
-from ..policy.layer_policy import LayerPolicy
-from ..runs import progress
 from .questions import Wish, chat_prompt, simple_prompt
 
 try:

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from envs.chat_text import text_part
-from envs.instructions import IMAGE_MARK
-from envs.media import open_image
-from envs.prompts import Prompt
+from deepinsert.envs.chat_text import text_part
+from deepinsert.envs.instructions import IMAGE_MARK
+from deepinsert.envs.media import open_image
+from deepinsert.envs.prompts import Prompt
 
 LONGEST = 1024
 """New tokens where a task says nothing, as in lmms-eval's own models."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.instructions import load_instructions
-from envs.prompts import prompts_from
-
-from ..metrics.exact_match import exact_match
-from ..runs import replacing
+from deepinsert.controller.metrics.exact_match import exact_match
+from deepinsert.controller.runs import replacing
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import prompts_from
 
 TASK = "instructions"
 YAML = f"""\

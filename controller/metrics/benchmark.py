@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.media import DatasetError, check_image
-from envs.prompts import EncodedImage, ImageRef
+from deepinsert.envs.media import DatasetError, check_image
+from deepinsert.envs.prompts import EncodedImage, ImageRef
 
 from . import captions, gqa, instructions, multiple_choice, sounds, vqa, yes_no
 from .contract import Benchmark, Example, Score

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from deepinsert.controller.metrics.formats.captions import read_chebi20, read_coco, read_own
+
 from .contract import Benchmark, Example, Score
-from .formats.captions import read_chebi20, read_coco, read_own
 
 TRUNCATED = 512
 """Tokens of a text that BLEU and METEOR see, as in MolT5's and MolCA's evaluation."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.prompts import Prompt
+from deepinsert.envs.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deepinsert.controller.metrics.formats.gqa import read_gqa
+
 from .contract import Benchmark, Example, Score, mean_score
-from .formats.gqa import read_gqa
 
 
 def score(answers: Sequence[str], examples: Sequence[Example]) -> Score:

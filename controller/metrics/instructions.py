@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from envs.instructions import load_instructions
-from envs.prompts import prompts_from
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import prompts_from
 
 from .contract import Benchmark, Example, Score, mean_score
 from .exact_match import exact_match
@@ -26,4 +26,4 @@ def score(answers: Sequence[str], examples: Sequence[Example]) -> Score:
     return mean_score(items, [example.prompt.source for example in examples])
 
 
-BENCHMARKS = (Benchmark("instructions", "controller.metrics.exact_match", read, score),)
+BENCHMARKS = (Benchmark("instructions", "deepinsert.controller.metrics.exact_match", read, score),)

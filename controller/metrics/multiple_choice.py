@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from deepinsert.controller.metrics.formats.ai2d import read_ai2d
+from deepinsert.controller.metrics.formats.mmbench import read_mmbench
+from deepinsert.controller.metrics.formats.mmmu import read_mmmu
+from deepinsert.controller.metrics.formats.scienceqa import read_scienceqa, without_image
+
 from .contract import Benchmark, Example, Score, mean_score
-from .formats.ai2d import read_ai2d
-from .formats.mmbench import read_mmbench
-from .formats.mmmu import read_mmmu
-from .formats.scienceqa import read_scienceqa, without_image
 from .open_answers import open_answer_is_right
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.media import DatasetError
+from deepinsert.controller.metrics.formats.mmbench import MILLION
+from deepinsert.controller.metrics.formats.records import Row, read_jsonl
+from deepinsert.controller.metrics.formats.vqa import bare_question
+from deepinsert.controller.option_checks import check
+from deepinsert.controller.options import ScoreOptions
+from deepinsert.controller.runs import read_result, replacing, start_run, write_result
+from deepinsert.envs.media import DatasetError
 
-from ..option_checks import check
-from ..options import ScoreOptions
-from ..runs import read_result, replacing, start_run, write_result
 from .benchmark import benchmark, questions
 from .contract import Example, Score
-from .formats.mmbench import MILLION
-from .formats.records import Row, read_jsonl
-from .formats.vqa import bare_question
 
 IDS = ("id", "question_id", "questionId", "image_id", "audio_id")
 TEXTS = ("prediction", "text", "answer", "caption", "pred")

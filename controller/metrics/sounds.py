@@ -12,9 +12,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from deepinsert.controller.metrics.formats.sounds import (
+    read_audioset,
+    read_esc50,
+    read_fsd50k,
+    read_vggsound,
+    read_vocalsound,
+)
+
 from .contract import Benchmark, Example, Score, mean_score
 from .embedders import similarities
-from .formats.sounds import read_audioset, read_esc50, read_fsd50k, read_vggsound, read_vocalsound
 
 
 def heard(answer: str) -> str:

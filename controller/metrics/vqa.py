@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from deepinsert.controller.metrics.formats.vqa import read_okvqa, read_textvqa, read_vqav2
+
 from .contract import Benchmark, Example, Score, mean_score
-from .formats.vqa import read_okvqa, read_textvqa, read_vqav2
 
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(COUNTED)}}

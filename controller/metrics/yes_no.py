@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from deepinsert.controller.metrics.formats.yes_no import read_mme, read_pope
+
 from .contract import Benchmark, Example, Score
-from .formats.yes_no import read_mme, read_pope
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

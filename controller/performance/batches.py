@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from backbones.families import base_model_of, placeholder_token_ids
+from deepinsert.backbones.families import base_model_of, placeholder_token_ids
 
 TEXT_BEFORE_IMAGE = 5
 WORDS = (10, 900)  # ids of words in every model measured here, clear of special and placeholder tokens

@@ -18,14 +18,21 @@ from typing import Any
 
 import torch
 
-from backbones import CostModel, eq5_flops, load_backbone, remove_deep_insert
-from backbones.compat.transformers import attention_of
+from deepinsert.backbones import CostModel, eq5_flops, load_backbone, remove_deep_insert
+from deepinsert.backbones.compat.transformers import attention_of
+from deepinsert.controller.answers import generation_inputs
+from deepinsert.controller.option_checks import BENCH_CASES, check, parse_cases, parse_layers
+from deepinsert.controller.options import BenchOptions
+from deepinsert.controller.runs import (
+    machine,
+    progress_by_cost,
+    read_result,
+    start_run,
+    write_json,
+    write_result,
+)
 
-from ..answers import generation_inputs
-from ..option_checks import BENCH_CASES, check, parse_cases, parse_layers
-from ..options import BenchOptions
-from ..performance import ideal
-from ..runs import machine, progress_by_cost, read_result, start_run, write_json, write_result
+from . import ideal
 from .batches import Batch, describe, make_batch, tokens_per_image
 from .cases import measure
 from .grids import PER_ROW, QUARTERS, Cell, full_grid, narrowed, quick_grid
@@ -158,9 +165,9 @@ def _own_plan(options: BenchOptions, device: str) -> tuple[list[Cell], Callable[
 
 def rendered_batch(backbone: Any, rows: int, seed: int) -> Batch:
     """Images that the project draws, with a question each, as the backbone's processor makes them inputs."""
-    from envs.instructions import load_instructions
-    from envs.prompts import prompts_from
-    from envs.rendering import render_instructions
+    from deepinsert.envs.instructions import load_instructions
+    from deepinsert.envs.prompts import prompts_from
+    from deepinsert.envs.rendering import render_instructions
 
     with tempfile.TemporaryDirectory() as folder:
         path = render_instructions(Path(folder), rows, seed, questions_per_image=1)

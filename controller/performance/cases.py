@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from backbones import CostModel, deep_insert, insert_at, remove_deep_insert
-from backbones.families import base_model_of, placeholder_token_ids
+from deepinsert.backbones import CostModel, deep_insert, insert_at, remove_deep_insert
+from deepinsert.backbones.families import base_model_of, placeholder_token_ids
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import timing
+from deepinsert.controller.variants.recipe import make_trainable, parameter_groups
 
-from ..options import FinetuneOptions
-from ..variants import timing
-from ..variants.recipe import make_trainable, parameter_groups
 from . import ideal
 from .arms import Clock, Spent, compare, take_turns
 from .batches import Batch

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs import read_config, read_result, replacing
+from deepinsert.controller.runs import read_config, read_result, replacing
+
 from .tables import HEADINGS, describe_cell, markdown_table, measured_on, summary, table_rows
 
 PICTURES = {

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbones import deep_insert, remove_deep_insert
+from deepinsert.backbones import deep_insert, remove_deep_insert
 
 from .batches import Batch
 from .cases import forward_arguments

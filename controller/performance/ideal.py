@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from backbones import CostModel
-from backbones.families import base_model_of, find_stack
-from backbones.module_costs import linear_flops
+from deepinsert.backbones import CostModel
+from deepinsert.backbones.families import base_model_of, find_stack
+from deepinsert.backbones.module_costs import linear_flops
+from deepinsert.controller.variants.parts import projectors
 
-from ..variants.parts import projectors
 from .batches import Batch
 
 ATTENTION_BACKWARD = 2.5

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..runs import describe_machine, save_figure
+from deepinsert.controller.runs import describe_machine, save_figure
+
 from .goals import PREFILL_KEPT
 
 PAPER_KEPT = (0.49, 0.64)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from backbones import CostModel
-from backbones.encoder_costs import TiledEncoder
-from backbones.loading import TINY
-from backbones.roofline import Device, Prediction, device_named, predict
+from deepinsert.backbones import CostModel
+from deepinsert.backbones.encoder_costs import TiledEncoder
+from deepinsert.backbones.loading import TINY
+from deepinsert.backbones.roofline import Device, Prediction, device_named, predict
+from deepinsert.controller.option_checks import check, parse_layers
+from deepinsert.controller.options import PredictOptions
+from deepinsert.controller.runs import start_run, write_result
 
-from ..option_checks import check, parse_layers
-from ..options import PredictOptions
-from ..runs import start_run, write_result
 from .pictures import predicted_ratios
 
 

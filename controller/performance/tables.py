@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runs import describe_machine
+from deepinsert.controller.runs import describe_machine
+
 from .goals import verdict
 
 TITLES = {

@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from envs.vector_env import InsertLayerVecEnv
+from deepinsert.envs.vector_env import InsertLayerVecEnv
 
 STEPS = {"ppo": 60_000, "a2c": 100_000, "dqn": 60_000, "full-info": 400_000}
 """Episodes that each algorithm plays unless told otherwise; for full-info, prompts looked at."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..statistics import Interval, mean_interval, paired_interval, ratio_interval
+from deepinsert.controller.statistics import Interval, mean_interval, paired_interval, ratio_interval
 
 NEIGHBOURS = 15
 RIDGE_PENALTIES = np.logspace(0, 6, 13)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.prompts import Prompt
-from envs.rewards import RewardTable
+from deepinsert.controller.statistics import Interval, mean_interval, paired_interval
+from deepinsert.envs.prompts import Prompt
+from deepinsert.envs.rewards import RewardTable
 
-from ..statistics import Interval, mean_interval, paired_interval
 from .baselines import FEW_IMAGES, PAPER_MEAN_DEPTH
 from .expectations import mean_at
 from .fixed_layer import WIDE, FixedLayer, caveat, choose_fixed_layer, named

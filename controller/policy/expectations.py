@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.rewards import Bonus, RewardTable
+from deepinsert.controller.statistics import Interval
+from deepinsert.envs.rewards import Bonus, RewardTable
 
-from ..statistics import Interval
 from .baselines import best_fixed_column
 from .frontier import FrontierPoint, flops_ratios, known_correct, stock_loss
 

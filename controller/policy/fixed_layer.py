@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..statistics import Interval
+from deepinsert.controller.statistics import Interval
+
 from .baselines import FEW_IMAGES, best_fixed_column
 
 CONFIDENCE = 0.95

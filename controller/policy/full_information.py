@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs.vector_env import InsertLayerVecEnv
+from deepinsert.envs.vector_env import InsertLayerVecEnv
 
 from .algorithms import HIDDEN
 from .layer_policy import Network

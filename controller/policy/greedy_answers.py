@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backbones import Backbone
-from envs.prompts import IGNORED, Prompt, encode
-
-from ..answers import generation_inputs
-from ..metrics.exact_match import exact_match
+from deepinsert.backbones import Backbone
+from deepinsert.controller.answers import generation_inputs
+from deepinsert.controller.metrics.exact_match import exact_match
+from deepinsert.envs.prompts import IGNORED, Prompt, encode
 
 EXTRA_TOKENS = 4
 """How many tokens longer than its reference an answer may become."""

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from envs.observations import Normaliser, Observation
-from envs.rewards import Bonus
-from envs.skip_weights import SkipWeights
+from deepinsert.controller.runs import versions
+from deepinsert.envs.observations import Normaliser, Observation
+from deepinsert.envs.rewards import Bonus
+from deepinsert.envs.skip_weights import SkipWeights
 
-from ..runs import versions
 from .expectations import Expected, Training
 from .frontier import frontier, skip_weight_for_flops, skip_weight_for_loss
 from .policy_files import read_policy, write_policy
@@ -28,9 +28,9 @@ from .sb3_files import network_of_model, read_network
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from backbones import Backbone
-    from envs.prompts import Prompt
-    from envs.rewards import RewardTable
+    from deepinsert.backbones import Backbone
+    from deepinsert.envs.prompts import Prompt
+    from deepinsert.envs.rewards import RewardTable
 
 __all__ = ["Expected", "LayerPolicy", "Network", "Recommendation", "Training", "prompt_flops_ratio"]
 
@@ -177,7 +177,7 @@ class LayerPolicy:
 
         At most one of `skip_weight`, `flops_ratio` and `max_loss_increase`, see `asked_skip_weight`.
         """
-        from envs.prompts import Prompt
+        from deepinsert.envs.prompts import Prompt
 
         weight = self.asked_skip_weight(skip_weight, flops_ratio, max_loss_increase)
         return self.recommend_prompts([Prompt.from_question(question, image)], weight)[0]
@@ -209,7 +209,7 @@ class LayerPolicy:
         Raises `ValueError` where its weights are not those the policy was trained on.
         """
         if self.backbone is None:
-            from backbones import load_backbone
+            from deepinsert.backbones import load_backbone
 
             self.backbone = load_backbone(self.backbone_name)
         if self.backbone.fingerprint != self.backbone_fingerprint:
@@ -310,8 +310,8 @@ class LayerPolicy:
 
 def prompt_flops_ratio(backbone: Backbone, prompt: Prompt, insert_layer: int) -> float:
     """Prefill FLOPs of one prompt, without its answer, at `insert_layer` against insert layer 0."""
-    from backbones import CostModel
-    from envs.prompts import encode
+    from deepinsert.backbones import CostModel
+    from deepinsert.envs.prompts import encode
 
     ids = encode(backbone.processor, [prompt], with_answers=False)["input_ids"]
     multimodal = int(torch.isin(ids, torch.tensor(sorted(backbone.placeholder_ids))).sum())

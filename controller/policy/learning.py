@@ -22,10 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
-from envs.observations import Normaliser, Observation
-from envs.rewards import Bonus, RewardTable
-from envs.skip_weights import SkipWeights
-from envs.vector_env import InsertLayerVecEnv
+from deepinsert.envs.observations import Normaliser, Observation
+from deepinsert.envs.rewards import Bonus, RewardTable
+from deepinsert.envs.skip_weights import SkipWeights
+from deepinsert.envs.vector_env import InsertLayerVecEnv
 
 from .algorithms import NUM_ENVS, STEPS, make_model
 from .full_information import train_full_information

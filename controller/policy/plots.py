@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..runs import save_figure
+from deepinsert.controller.runs import save_figure
+
 from .baselines import PAPER_MEAN_DEPTH
 
 PARETO_LABELS = {

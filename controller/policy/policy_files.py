@@ -18,11 +18,11 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from envs.observations import Normaliser, Observation
-from envs.skip_weights import SkipWeights
+from deepinsert.controller.runs import replacing, write_json
+from deepinsert.controller.statistics import Interval
+from deepinsert.envs.observations import Normaliser, Observation
+from deepinsert.envs.skip_weights import SkipWeights
 
-from ..runs import replacing, write_json
-from ..statistics import Interval
 from .expectations import Training
 from .frontier import FrontierPoint
 from .json_fields import Fields, parse_object

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from backbones import load_backbone
-from envs.prompt_keys import prompt_keys
-from envs.prompts import Prompt
-from envs.rewards import RewardTable
+from deepinsert.backbones import load_backbone
+from deepinsert.controller.data import image_prompts
+from deepinsert.controller.option_checks import check, flag
+from deepinsert.controller.options import RecommendOptions
+from deepinsert.controller.runs import read_config, read_result, start_run, write_result
+from deepinsert.envs.prompt_keys import prompt_keys
+from deepinsert.envs.prompts import Prompt
+from deepinsert.envs.rewards import RewardTable
 
-from ..data import image_prompts
-from ..option_checks import check, flag
-from ..options import RecommendOptions
-from ..runs import read_config, read_result, start_run, write_result
 from .data_advice import advise, per_prompt, policy_sentence
 from .layer_policy import LayerPolicy
 from .plots import plot_pareto, plot_recommendation

@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from backbones import Backbone, load_backbone
-from envs.known_rewards import columns_of, prompt_columns, take_over
-from envs.prompt_keys import shards_of
-from envs.prompts import Prompt, prompts_from
-from envs.reward_files import RewardFiles
-from envs.rewards import RewardTable
+from deepinsert.backbones import Backbone, load_backbone
+from deepinsert.controller.data import read_data
+from deepinsert.controller.option_checks import parse_layers, parse_shard
+from deepinsert.controller.options import SweepOptions
+from deepinsert.controller.runs import read_result, same_run, start_run, write_result
+from deepinsert.envs.known_rewards import columns_of, prompt_columns, take_over
+from deepinsert.envs.prompt_keys import shards_of
+from deepinsert.envs.prompts import Prompt, prompts_from
+from deepinsert.envs.reward_files import RewardFiles
+from deepinsert.envs.rewards import RewardTable
 
-from ..data import read_data
-from ..option_checks import parse_layers, parse_shard
-from ..options import SweepOptions
-from ..runs import read_result, same_run, start_run, write_result
 from .greedy_answers import judge
 from .sweep_figures import Measured, figures, plot, summary
 

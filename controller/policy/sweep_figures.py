@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from envs.rewards import RewardTable
-
-from ..runs import save_figure
-from ..statistics import Interval, mean_interval, paired_interval
+from deepinsert.controller.runs import save_figure
+from deepinsert.controller.statistics import Interval, mean_interval, paired_interval
+from deepinsert.envs.rewards import RewardTable
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from backbones import load_backbone
-from envs.instructions import split_by_image
-from envs.observations import Observation
-from envs.rewards import RewardTable
+from deepinsert.backbones import load_backbone
+from deepinsert.controller.data import image_prompts
+from deepinsert.controller.option_checks import check, parse_layers, parse_observation, parse_skip_weights
+from deepinsert.controller.options import TrainPolicyOptions
+from deepinsert.controller.runs import read_result, replacing, start_run, write_json, write_result
+from deepinsert.controller.statistics import Interval
+from deepinsert.envs.instructions import split_by_image
+from deepinsert.envs.observations import Observation
+from deepinsert.envs.rewards import RewardTable
 
-from ..data import image_prompts
-from ..option_checks import check, parse_layers, parse_observation, parse_skip_weights
-from ..options import TrainPolicyOptions
-from ..runs import read_result, replacing, start_run, write_json, write_result
-from ..statistics import Interval
 from .algorithms import STEPS
 from .baselines import PAPER_MEAN_DEPTH, judge, simple_choices
 from .frontier import frontier
@@ -35,8 +35,8 @@ from .plots import policy_rewards
 from .policy_files import HELD_OUT
 
 if TYPE_CHECKING:
-    from backbones import Backbone
-    from envs.prompts import Prompt
+    from deepinsert.backbones import Backbone
+    from deepinsert.envs.prompts import Prompt
 
 __all__ = ["isolated_random_state", "judge_policy", "run", "train_policy"]
 
@@ -126,7 +126,7 @@ def reward_table(options: TrainPolicyOptions, backbone: Backbone, prompts: list[
     table = RewardTable(backbone, prompts, layers, batch_tokens=options.batch_tokens, folder=folder)
     table.fill(progress=True)
     if options.bonus == "time":
-        from envs.time_bonus import measure_times
+        from deepinsert.envs.time_bonus import measure_times
 
         path = Path(options.out) / TIMES
         if not path.is_file():

@@ -14,7 +14,8 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
-from ..runs import replacing
+from deepinsert.controller.runs import replacing
+
 from .training_state import StateFile, model_state
 
 ROW = 2048

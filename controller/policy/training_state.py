@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from ..runs import replacing
+from deepinsert.controller.runs import replacing
+
 from .algorithms import PromptReplayBuffer
 
 FORMAT = 1

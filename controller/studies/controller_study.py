@@ -15,14 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from backbones import load_backbone
-from envs.observations import Observation
-from envs.prompts import Prompt
-from envs.rewards import RewardTable
-
-from ..data import read_data
-from ..option_checks import check
-from ..options import (
+from deepinsert.backbones import load_backbone
+from deepinsert.controller.data import read_data
+from deepinsert.controller.option_checks import check
+from deepinsert.controller.options import (
     BackboneOptions,
     DataOptions,
     EvaluateOptions,
@@ -31,15 +27,27 @@ from ..options import (
     SweepOptions,
     TrainPolicyOptions,
 )
-from ..policy.recommend import run as run_recommend
-from ..policy.recommend import summary as recommend_summary
-from ..policy.sweep import run as run_sweep
-from ..policy.sweep import summary as sweep_summary
-from ..policy.training import run as run_training
-from ..policy.training import split_prompts
-from ..runs import describe_machine, machine, read_result, replacing, start_run, write_json, write_result
-from ..variants.evaluate import run as run_evaluate
-from ..variants.report import table as evaluate_table
+from deepinsert.controller.policy.recommend import run as run_recommend
+from deepinsert.controller.policy.recommend import summary as recommend_summary
+from deepinsert.controller.policy.sweep import run as run_sweep
+from deepinsert.controller.policy.sweep import summary as sweep_summary
+from deepinsert.controller.policy.training import run as run_training
+from deepinsert.controller.policy.training import split_prompts
+from deepinsert.controller.runs import (
+    describe_machine,
+    machine,
+    read_result,
+    replacing,
+    start_run,
+    write_json,
+    write_result,
+)
+from deepinsert.controller.variants.evaluate import run as run_evaluate
+from deepinsert.controller.variants.report import table as evaluate_table
+from deepinsert.envs.observations import Observation
+from deepinsert.envs.prompts import Prompt
+from deepinsert.envs.rewards import RewardTable
+
 from .ablation import ObservationAblationOptions
 from .ablation import run as run_ablation
 from .lambda_study import study as lambda_study

@@ -13,8 +13,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ..cli import COMMANDS, quieten
-from ..runs import read_result, same_run
+from deepinsert.controller.cli import COMMANDS, quieten
+from deepinsert.controller.runs import read_result, same_run
 
 WATCH_SECONDS = 0.5
 
@@ -88,7 +88,7 @@ def work(options: Any, log: Path) -> tuple[dict[str, Any], float]:
 def run_of(options: Any) -> Any:
     """The `run` of the command that these options belong to."""
     module = next(command.module for command in COMMANDS.values() if command.options is type(options))
-    return importlib.import_module(f"controller.{module}").run
+    return importlib.import_module(f"deepinsert.controller.{module}").run
 
 
 def finished_result(options: Any) -> dict[str, Any] | None:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.rewards import Bonus, RewardTable
-
-from ..policy.baselines import NO_GAP, best_fixed_column
-from ..policy.learning import train_policy
-from ..statistics import Interval, paired_interval
+from deepinsert.controller.policy.baselines import NO_GAP, best_fixed_column
+from deepinsert.controller.policy.learning import train_policy
+from deepinsert.controller.statistics import Interval, paired_interval
+from deepinsert.envs.rewards import Bonus, RewardTable
 
 
 def study(

@@ -15,14 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from backbones import load_backbone
-from envs.instructions import InstructionData, split_by_image
-from envs.prompts import Prompt, prompts_from
-from envs.rewards import RewardTable
-
-from ..data import read_data
-from ..option_checks import check, parse_layers, parse_skip_weight_list
-from ..options import (
+from deepinsert.backbones import load_backbone
+from deepinsert.controller.data import read_data
+from deepinsert.controller.option_checks import check, parse_layers, parse_skip_weight_list
+from deepinsert.controller.options import (
     BackboneOptions,
     EvaluateOptions,
     FinetuneOptions,
@@ -30,8 +26,20 @@ from ..options import (
     SweepOptions,
     TrainPolicyOptions,
 )
-from ..policy.layer_policy import LayerPolicy
-from ..runs import machine, read_result, replacing, start_run, to_json, write_json, write_result
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.runs import (
+    machine,
+    read_result,
+    replacing,
+    start_run,
+    to_json,
+    write_json,
+    write_result,
+)
+from deepinsert.envs.instructions import InstructionData, split_by_image
+from deepinsert.envs.prompts import Prompt, prompts_from
+from deepinsert.envs.rewards import RewardTable
+
 from .jobs import play
 from .layer_study_page import page, plot
 from .rank_agreement import Bootstrap, choice, correlations, interval

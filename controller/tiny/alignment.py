@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from envs.rendering import COLOURS, SHAPES, SIZE, SOURCES, WORDS, Scene, Side, draw_scene, render
+from deepinsert.envs.rendering import COLOURS, SHAPES, SIZE, SOURCES, WORDS, Scene, Side, draw_scene, render
 
 from .model import IMAGE_TOKENS, PATCH
 from .muon import optimisers, update, warm_up_and_down

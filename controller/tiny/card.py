@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..runs import describe_machine, replacing
+from deepinsert.controller.runs import describe_machine, replacing
+
 from .figures import TEXT_KINDS
 
 CARD = """\

@@ -15,10 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from envs.rendered_text import text_question
-from envs.rendering import KINDS, Question, Scene, Side, draw_scene, questions, render
+from deepinsert.controller.runs import save_figure
+from deepinsert.envs.rendered_text import text_question
+from deepinsert.envs.rendering import KINDS, Question, Scene, Side, draw_scene, questions, render
 
-from ..runs import save_figure
 from .alignment import pixels
 from .packing import Pack, answer_scores, by_question, pack
 

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from backbones.compat.transformers import pil_image_processor
-from envs.rendered_text import text_question
-from envs.rendering import SIZE, SOURCES, draw_scene, questions
+from deepinsert.backbones.compat.transformers import pil_image_processor
+from deepinsert.envs.rendered_text import text_question
+from deepinsert.envs.rendering import SIZE, SOURCES, draw_scene, questions
 
 PATCH = 8
 IMAGE_TOKENS = (SIZE // PATCH) ** 2

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from backbones import insert_at
-from envs.rendering import Question
+from deepinsert.backbones import insert_at
+from deepinsert.envs.rendering import Question
 
 from .model import END, IMAGE, IMAGE_TOKENS
 

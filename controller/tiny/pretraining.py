@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from backbones import deep_insert, remove_deep_insert
-from backbones.compat.transformers import rename_as_published
-from envs.rendered_text import text_question
-from envs.rendering import KINDS, Question, draw_scene, questions, render
+from deepinsert.backbones import deep_insert, remove_deep_insert
+from deepinsert.backbones.compat.transformers import rename_as_published
+from deepinsert.controller.runs import machine, start_run, versions, write_json, write_result
+from deepinsert.envs.rendered_text import text_question
+from deepinsert.envs.rendering import KINDS, Question, draw_scene, questions, render
 
-from ..runs import machine, start_run, versions, write_json, write_result
 from .alignment import align, pixels
 from .card import write_card
 from .figures import TEXT_KINDS, deepest_layers, draw_curves, judge

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from backbones import Backbone
-from envs.prompts import IGNORED, Prompt, encode
+from deepinsert.backbones import Backbone
+from deepinsert.envs.prompts import IGNORED, Prompt, encode
 
 IMAGE_WORDS = 128  # what an image counts for beside the words of a text, as in LLaVA
 GROUPINGS = ("none", "length", "modality-length")

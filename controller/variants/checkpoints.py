@@ -22,10 +22,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbones.compat.accelerate import uses_fsdp
-from backbones.compat.trainer import RNG_STATE, SeamTrainer
+from deepinsert.backbones.compat.accelerate import uses_fsdp
+from deepinsert.backbones.compat.trainer import RNG_STATE, SeamTrainer
+from deepinsert.controller.runs import sync
 
-from ..runs import sync
 from .manifest import MANIFEST, CheckpointError, check_whole, manifest_files, write_manifest
 from .storage import naming_storage
 

@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.prompts import Prompt
+from deepinsert.controller.metrics.benchmark import Benchmark, Example, Score, questions
+from deepinsert.controller.runs import progress
+from deepinsert.controller.statistics import (
+    drawn_interval,
+    mcnemar,
+    mean_interval,
+    paired_interval,
+    score_draws,
+)
+from deepinsert.envs.prompts import Prompt
 
-from ..metrics.benchmark import Benchmark, Example, Score, questions
-from ..runs import progress
-from ..statistics import drawn_interval, mcnemar, mean_interval, paired_interval, score_draws
 from .judged import Variant
 from .timing import Timing, measure_cache, time_variants
 

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones import Backbone, insert_at
-from backbones.compat.accelerate import is_sharded
-from envs.prompts import IGNORED, Prompt
-
-from ..option_checks import parse_layers
-from ..options import FinetuneOptions
-from ..policy.layer_policy import LayerPolicy
+from deepinsert.backbones import Backbone, insert_at
+from deepinsert.backbones.compat.accelerate import is_sharded
+from deepinsert.controller.option_checks import parse_layers
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.envs.prompts import IGNORED, Prompt
 
 UNIFORM = "uniform"
 TRAINED = "trained_layers"

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.prompts import Prompt, prompts_from
+from deepinsert.controller.answers import generate_answers, losses_and_flops
+from deepinsert.controller.data import read_data
+from deepinsert.controller.metrics.benchmark import Benchmark, Example, askable, check_images
+from deepinsert.controller.option_checks import check
+from deepinsert.controller.options import EvaluateOptions
+from deepinsert.controller.runs import machine, read_result, replacing, start_run, to_json, write_result
+from deepinsert.envs.prompts import Prompt, prompts_from
 
-from ..answers import generate_answers, losses_and_flops
-from ..data import read_data
-from ..metrics.benchmark import Benchmark, Example, askable, check_images
-from ..option_checks import check
-from ..options import EvaluateOptions
-from ..runs import machine, read_result, replacing, start_run, to_json, write_result
 from .comparison import Comparison, Predictions
 from .judged import Variant, load_variants
 from .model_card import update_results

@@ -19,13 +19,13 @@ import torch
 from transformers import PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from backbones import Backbone
-from envs.prompts import Prompt, prompts_from
+from deepinsert.backbones import Backbone
+from deepinsert.controller.data import read_data
+from deepinsert.controller.option_checks import check, flag
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.runs import read_result, save_figure, start_run, write_result
+from deepinsert.envs.prompts import Prompt, prompts_from
 
-from ..data import read_data
-from ..option_checks import check, flag
-from ..options import FinetuneOptions
-from ..runs import read_result, save_figure, start_run, write_result
 from .batches import PromptDataset, collator
 from .checkpoints import TRAINING, continuable
 from .depths import make_depths, record_depths, trained_layers

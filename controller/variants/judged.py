@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backbones import Backbone, load_backbone
-from envs.prompts import Prompt
+from deepinsert.backbones import Backbone, load_backbone
+from deepinsert.controller.option_checks import parse_layers
+from deepinsert.controller.options import EvaluateOptions
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.envs.prompts import Prompt
 
-from ..option_checks import parse_layers
-from ..options import EvaluateOptions
-from ..policy.layer_policy import LayerPolicy
 from .manifest import check_whole
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, BitsAndBytesConfig
 
-from backbones import Backbone, load_backbone
-from backbones.compat.accelerate import is_sharded
-from backbones.loading import TINY
+from deepinsert.backbones import Backbone, load_backbone
+from deepinsert.backbones.compat.accelerate import is_sharded
+from deepinsert.backbones.loading import TINY
+from deepinsert.controller.options import FinetuneOptions
 
-from ..options import FinetuneOptions
 from .depths import fixed_layer
 from .parts import encoders, projectors
 from .recipe import ADAPTERS, computes_in_bfloat16, make_trainable, process_count

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..runs import replacing, sync, to_json
+from deepinsert.controller.runs import replacing, sync, to_json
 
 MANIFEST = "manifest.json"
 CARD = "README.md"

@@ -14,7 +14,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..runs import replacing
+from deepinsert.controller.runs import replacing
+
 from .manifest import CARD
 
 PAPER = "https://arxiv.org/abs/2504.19327"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from backbones.families import find_stack
+from deepinsert.backbones.families import find_stack
 
 # Projectors that live inside the encoder, as Qwen2-VL's does.
 INNER_PROJECTORS = (

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..runs import describe_machine, save_figure
+from deepinsert.controller.runs import describe_machine, save_figure
 
 
 def figure1(found: Mapping[str, Any], path: Path) -> None:

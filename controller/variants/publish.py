@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as NetworkError  # of the HTTP library in use, which changed
 
-from ..options import FinetuneOptions
+from deepinsert.controller.options import FinetuneOptions
+
 from .manifest import CARD, check_whole
 from .model_card import published_as
 

@@ -16,15 +16,15 @@ from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from backbones.compat.peft import adapted
-from backbones.compat.trainer import (
+from deepinsert.backbones.compat.peft import adapted
+from deepinsert.backbones.compat.trainer import (
     drive_one_device,
     installed_reporters,
     known_reporters,
     recomputing,
 )
+from deepinsert.controller.options import FinetuneOptions
 
-from ..options import FinetuneOptions
 from .parts import encoders, frozen_modules, lora_targets, projectors
 
 ADAPTERS = ("lora", "qlora")

@@ -11,9 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from ..option_checks import check
-from ..options import ReportOptions
-from ..runs import describe_machine, read_config, read_result, replacing, start_run, write_json, write_result
+from deepinsert.controller.option_checks import check
+from deepinsert.controller.options import ReportOptions
+from deepinsert.controller.runs import (
+    describe_machine,
+    read_config,
+    read_result,
+    replacing,
+    start_run,
+    write_json,
+    write_result,
+)
+
 from .judged import variant_names
 from .pictures import figure1, layer_of
 

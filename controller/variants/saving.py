@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from backbones import Backbone
-from backbones.compat.peft import CARD as PEFT_CARD
-from backbones.insertion import CONFIG_KEY
-from backbones.loading import ADAPTER_FACTS
-from envs.instructions import InstructionData
+from deepinsert.backbones import Backbone
+from deepinsert.backbones.compat.peft import CARD as PEFT_CARD
+from deepinsert.backbones.insertion import CONFIG_KEY
+from deepinsert.backbones.loading import ADAPTER_FACTS
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.runs import versions, write_json
+from deepinsert.envs.instructions import InstructionData
 
-from ..options import FinetuneOptions
-from ..runs import versions, write_json
 from .checkpoints import replacing_folder
 from .manifest import sha256, write_manifest
 from .model_card import Facts, write_card

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backbones import Backbone, CostModel
-from envs.prompts import Prompt
-from envs.time_bonus import WARM_UP, synchronise
+from deepinsert.backbones import Backbone, CostModel
+from deepinsert.controller.answers import generation_inputs
+from deepinsert.controller.runs import progress
+from deepinsert.envs.prompts import Prompt
+from deepinsert.envs.time_bonus import WARM_UP, synchronise
 
-from ..answers import generation_inputs
-from ..runs import progress
 from .judged import Variant
 
 DECODE_TOKENS = 8

@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from backbones.compat.accelerate import is_sharded, uses_fsdp, wrap_layers
-from backbones.compat.torch import can_reduce_unused, reduce_unused
-from backbones.families import find_stack
+from deepinsert.backbones.compat.accelerate import is_sharded, uses_fsdp, wrap_layers
+from deepinsert.backbones.compat.torch import can_reduce_unused, reduce_unused
+from deepinsert.backbones.families import find_stack
+from deepinsert.controller.runs import progress, replacing
 
-from ..runs import progress, replacing
 from .batches import PromptDataset, PromptOrder
 from .checkpoints import ResumableTrainer
 from .depths import DepthSampler

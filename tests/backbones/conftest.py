@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from models_page import page
 from zoo import FAMILIES, REFUSED, Family
 
-from backbones import deep_insert, set_insert_layer
+from deepinsert.backbones import deep_insert, set_insert_layer
 
 DEEPLY = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_audio"]
 """Families that are tried in every shape of use."""

@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from zoo import FAMILIES, REFUSED
 
-from backbones import UnsupportedModelError, deep_insert
+from deepinsert.backbones import UnsupportedModelError, deep_insert
 
 HEAD = """# Models
 

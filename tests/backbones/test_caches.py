@@ -13,10 +13,10 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 from zoo import FAMILIES, PLACEHOLDER, TEXT, VISION, Family, logits_of, skip_here, skip_where_stock_differs
 from zoo.llava_like import square_images
 
-from backbones import UnsupportedModelError, deep_insert, insert_at
-from backbones.cache import LayerKeys, UnsupportedCacheError, stored_keys
-from backbones.compat.transformers import QUANTISED, STATIC_COUNTS
-from backbones.mechanism import ATTRIBUTE
+from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at
+from deepinsert.backbones.cache import LayerKeys, UnsupportedCacheError, stored_keys
+from deepinsert.backbones.compat.transformers import QUANTISED, STATIC_COUNTS
+from deepinsert.backbones.mechanism import ATTRIBUTE
 
 WINDOW = 6
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]

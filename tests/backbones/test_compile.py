@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, DynamicCache, StaticCache
 from zoo import FAMILIES, logits_of
 
-from backbones import deep_insert, insert_at
+from deepinsert.backbones import deep_insert, insert_at
 
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]
 DEPTHS = [2, 4, 1, 3]

@@ -8,10 +8,10 @@ import zoo
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from zoo.llava_like import square_images
 
-from backbones import UnsupportedModelError
-from backbones.costs import CostModel, eq5_flops
-from backbones.encoder_costs import flop_counter
-from backbones.insertion import deep_insert
+from deepinsert.backbones import UnsupportedModelError
+from deepinsert.backbones.costs import CostModel, eq5_flops
+from deepinsert.backbones.encoder_costs import flop_counter
+from deepinsert.backbones.insertion import deep_insert
 
 
 def _mixtral():

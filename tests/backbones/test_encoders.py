@@ -8,8 +8,8 @@ import pytest
 import torch
 from zoo import FAMILIES, LAYERS, Family, logits_of
 
-from backbones import UnsupportedModelError, deep_insert, insert_at
-from backbones.costs import CostModel
+from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at
+from deepinsert.backbones.costs import CostModel
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 

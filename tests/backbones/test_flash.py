@@ -9,7 +9,7 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from test_caches import SLIDING
 from zoo import FAMILIES, logits_of
 
-from backbones import UnsupportedModelError, deep_insert, insert_at
+from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at
 
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 6)]
 DEPTHS = [2, 4, 1, 3]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones import Backbone
-from envs import Prompt, encode, load_instructions, prompts_from
+from deepinsert.backbones import Backbone
+from deepinsert.envs import Prompt, encode, load_instructions, prompts_from
 
 
 class ByLength:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from zoo import FAMILIES, LAYERS, forget_the_last_batch, logits_of, skip_here, skip_where_stock_differs
 
-from backbones import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
+from deepinsert.backbones import deep_insert, insert_at, insert_layer_of, remove_deep_insert, set_insert_layer
 
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 6)]
 """A batch with one, no and two images; one of them first of all."""

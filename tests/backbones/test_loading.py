@@ -18,9 +18,9 @@ from transformers import (
 )
 from zoo import FAMILIES, TEXT, logits_of, skip_here
 
-from backbones import load_backbone
-from backbones.compat.transformers import pil_image_processor
-from backbones.loading import TINY, fingerprint
+from deepinsert.backbones import load_backbone
+from deepinsert.backbones.compat.transformers import pil_image_processor
+from deepinsert.backbones.loading import TINY, fingerprint
 
 
 def test_what_is_saved_is_loaded(tiny_backbone, tmp_path):

@@ -22,8 +22,8 @@ from zoo import (
     skipping_what_is_missing,
 )
 
-from backbones import UnsupportedModelError, deep_insert, insert_at, remove_deep_insert
-from backbones.families import find_stack
+from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at, remove_deep_insert
+from deepinsert.backbones.families import find_stack
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from zoo import FAMILIES, LAYERS, WORDS, Family, logits_of
 
-from backbones import deep_insert, insert_at
+from deepinsert.backbones import deep_insert, insert_at
 
 OPTIONS = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 

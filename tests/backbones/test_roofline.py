@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlavaConfig, Qwen2_5_VLConfig
 
-from backbones import CostModel
-from backbones.roofline import DEVICES, Device, device_named, measure_cpu, predict
+from deepinsert.backbones import CostModel
+from deepinsert.backbones.roofline import DEVICES, Device, device_named, measure_cpu, predict
 
 TEXT, IMAGE = 64, 576
 A100 = DEVICES["A100-40"]

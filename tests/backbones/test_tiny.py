@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlavaForConditionalGeneration
 
-from backbones.loading import TINY
-from controller.tiny.figures import TEXT_KINDS, judge
-from envs.rendering import COLOURS, SHAPES, WORDS, draw_scene, questions, render
+from deepinsert.backbones.loading import TINY
+from deepinsert.controller.tiny.figures import TEXT_KINDS, judge
+from deepinsert.envs.rendering import COLOURS, SHAPES, WORDS, draw_scene, questions, render
 
 FIGURES = json.loads((TINY / "figures.json").read_text())
 IMAGES = 120

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from controller.policy.expectations import Training
-from controller.policy.frontier import frontier
-from controller.policy.layer_policy import LayerPolicy
-from controller.policy.training import train_policy
-from envs.observations import Normaliser, Observation
-from envs.rewards import RewardTable
-from envs.skip_weights import SkipWeights
+from deepinsert.controller.policy.expectations import Training
+from deepinsert.controller.policy.frontier import frontier
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.training import train_policy
+from deepinsert.envs.observations import Normaliser, Observation
+from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.skip_weights import SkipWeights
 
 LAYERS = 8
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backbones import Backbone
-from controller.answers import generate_answers, losses_and_flops
-from envs.instructions import load_instructions
-from envs.prompts import Prompt, prompts_from
+from deepinsert.backbones import Backbone
+from deepinsert.controller.answers import generate_answers, losses_and_flops
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import Prompt, prompts_from
 
 LAYERS = (0, 3, 8, 5)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from controller import cli
-from envs.rendering import render_instructions
+from deepinsert.controller import cli
+from deepinsert.envs.rendering import render_instructions
 
 ROOT = Path(cli.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYT
 
 def start(*words: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "controller.cli", *map(str, words)],
+        [sys.executable, "-m", "deepinsert.controller.cli", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -188,12 +188,12 @@ def test_what_does_not_parse_ends_with_status_2(words, capsys):
 
 
 def test_an_interrupt_is_quiet(monkeypatch, tmp_path, capsys):
-    import controller.demo
+    import deepinsert.controller.demo
 
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(controller.demo, "run", interrupt)
+    monkeypatch.setattr(deepinsert.controller.demo, "run", interrupt)
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo", "--out", str(tmp_path)])
     assert ended.value.code == 130
@@ -201,12 +201,12 @@ def test_an_interrupt_is_quiet(monkeypatch, tmp_path, capsys):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
-    import controller.demo
+    import deepinsert.controller.demo
 
     def fail(options):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(controller.demo, "run", fail)
+    monkeypatch.setattr(deepinsert.controller.demo, "run", fail)
     with pytest.raises(KeyError):
         cli.main(["demo", "--out", str(tmp_path)])
 
@@ -235,8 +235,8 @@ def test_help_loads_neither_torch_nor_transformers(command):
 
 
 def test_the_examples_parse_and_name_what_the_demo_writes(tmp_path):
-    from controller.demo import FULL, STEPS, Demo
-    from controller.options import DemoOptions
+    from deepinsert.controller.demo import FULL, STEPS, Demo
+    from deepinsert.controller.options import DemoOptions
 
     demo = Demo(DemoOptions(), Path("runs/demo"), FULL)
     there = {str(demo.data(part)) for part in ("train", "held_out")} | {f"runs/demo/{step}" for step in STEPS}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from controller import options
-from controller.option_checks import (
+from deepinsert.controller import options
+from deepinsert.controller.option_checks import (
     check,
     parse_layers,
     parse_observation,
@@ -18,7 +18,7 @@ from controller.option_checks import (
     parse_skip_weights,
     parse_sources,
 )
-from controller.options import (
+from deepinsert.controller.options import (
     EvaluateOptions,
     FinetuneOptions,
     RecommendOptions,
@@ -138,7 +138,10 @@ def test_every_option_has_a_description():
 
 
 def test_importing_options_loads_no_torch():
-    program = "import sys, controller.options; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    program = (
+        "import sys, deepinsert.controller.options; "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controller import runs
-from controller.options import RunOptions, SweepOptions
+from deepinsert.controller import runs
+from deepinsert.controller.options import RunOptions, SweepOptions
 
 
 def sweep_options(out: Path, **changes) -> SweepOptions:

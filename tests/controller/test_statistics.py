@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.statistics import (
+from deepinsert.controller.statistics import (
     drawn_interval,
     mcnemar,
     mean_interval,
@@ -57,7 +57,7 @@ def test_pairing_removes_what_both_share():
 def test_large_data_in_chunks_gives_the_same_interval(monkeypatch):
     values = np.random.default_rng(2).normal(size=500)
     whole = mean_interval(values)
-    monkeypatch.setattr("controller.statistics.CHUNK", 7 * 500)
+    monkeypatch.setattr("deepinsert.controller.statistics.CHUNK", 7 * 500)
     assert mean_interval(values) == whole
 
 

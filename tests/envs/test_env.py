@@ -17,7 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
-from envs import (
+from deepinsert.envs import (
     InsertLayerEnv,
     InsertLayerVecEnv,
     Normaliser,
@@ -28,7 +28,7 @@ from envs import (
     prompt_embeddings,
     prompts_from,
 )
-from envs.prompt_keys import LEAST_GROUP
+from deepinsert.envs.prompt_keys import LEAST_GROUP
 
 ENV_ID = "DeepInsert/InsertLayer-v0"
 PROMPTS, LAYERS, WIDTH = 12, (0, 2, 4, 7), 6

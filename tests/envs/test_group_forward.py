@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones import Backbone
-from envs.block_forward import BlockForward
-from envs.group_forward import GroupForward, GroupResult
-from envs.group_prompts import group_prompts
-from envs.prompts import Prompt, encode
+from deepinsert.backbones import Backbone
+from deepinsert.envs.block_forward import BlockForward
+from deepinsert.envs.group_forward import GroupForward, GroupResult
+from deepinsert.envs.group_prompts import group_prompts
+from deepinsert.envs.prompts import Prompt, encode
 
 QUESTIONS = {
     "What colour is it?": "red",
@@ -89,8 +89,8 @@ def test_tokens_and_judgements_are_those_of_each_prompt_alone(small_backbone, pr
 
 def test_greedy_is_what_generation_says(tiny_backbone, rendered_data):
     """Where every label is the most probable token, greedy decoding says the answer, and nowhere else."""
-    from envs.instructions import load_instructions
-    from envs.prompts import prompts_from
+    from deepinsert.envs.instructions import load_instructions
+    from deepinsert.envs.prompts import prompts_from
 
     every = prompts_from(load_instructions(rendered_data))[:40]
     result = GroupForward(tiny_backbone).run(every, [0, 7])

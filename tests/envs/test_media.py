@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.media import DatasetError, check_image, decode_image, normal_path, open_image
-from envs.prompt_keys import prompt_keys
-from envs.prompts import EncodedImage, Prompt
+from deepinsert.envs.media import DatasetError, check_image, decode_image, normal_path, open_image
+from deepinsert.envs.prompt_keys import prompt_keys
+from deepinsert.envs.prompts import EncodedImage, Prompt
 
 
 @pytest.fixture

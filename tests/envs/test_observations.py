@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from zoo import FAMILIES
 
-from backbones import Backbone, deep_insert
-from backbones.families import find_stack
-from envs import (
+from deepinsert.backbones import Backbone, deep_insert
+from deepinsert.backbones.families import find_stack
+from deepinsert.envs import (
     Normaliser,
     Observation,
     Prompt,
@@ -22,8 +22,8 @@ from envs import (
     prompt_embeddings,
     prompts_from,
 )
-from envs.observations import LIMIT, check_observations, image_features, text_states
-from envs.prompts import ImageRef, text_token_ids
+from deepinsert.envs.observations import LIMIT, check_observations, image_features, text_states
+from deepinsert.envs.prompts import ImageRef, text_token_ids
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.instructions import load_instructions
-from envs.rendering import (
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.rendering import (
     COLOURS,
     KINDS,
     PLACES,

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from backbones import load_backbone
-from envs import RewardTable, load_instructions, prompt_keys, prompts_from, reward_files, rewards
-from envs.reward_files import MANIFEST, RewardFiles
+from deepinsert.backbones import load_backbone
+from deepinsert.envs import RewardTable, load_instructions, prompt_keys, prompts_from, reward_files, rewards
+from deepinsert.envs.reward_files import MANIFEST, RewardFiles
 
 LAYERS = (0, 3, 8)
 
@@ -348,8 +348,8 @@ WRITER = """
 import sys
 import numpy as np
 from envs import RewardTable
-from envs.reward_files import RewardFiles
-from envs.rewards import columns_of, prompt_columns
+from deepinsert.envs.reward_files import RewardFiles
+from deepinsert.envs.rewards import columns_of, prompt_columns
 rng = np.random.default_rng(0)
 table = RewardTable.from_losses(rng.random((2000, 32)), range(32), 32)
 files = RewardFiles(sys.argv[1], table.origin)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from backbones import CostModel, load_backbone
-from envs import Prompt, RewardTable, encode, load_instructions, prompt_keys, prompts_from, rewards
-from envs.group_forward import GroupForward
-from envs.prompts import ImageRef
+from deepinsert.backbones import CostModel, load_backbone
+from deepinsert.envs import Prompt, RewardTable, encode, load_instructions, prompt_keys, prompts_from, rewards
+from deepinsert.envs.group_forward import GroupForward
+from deepinsert.envs.prompts import ImageRef
 
 LAYERS = (0, 3, 8)
 

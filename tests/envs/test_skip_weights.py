@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from envs.skip_weights import FEATURES, SkipWeights
+from deepinsert.envs.skip_weights import FEATURES, SkipWeights
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), (1, 0), (0, float("nan")), (0, 1, 2), ()])

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from backbones import Backbone
-from backbones.families import find_stack
-from envs import load_instructions, prompts_from
-from envs.time_bonus import measure_times
+from deepinsert.backbones import Backbone
+from deepinsert.backbones.families import find_stack
+from deepinsert.envs import load_instructions, prompts_from
+from deepinsert.envs.time_bonus import measure_times
 
 PER_ROW = 3e-4
 

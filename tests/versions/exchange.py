@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from backbones import load_backbone
-from controller import cli
-from controller.policy.layer_policy import LayerPolicy
-from envs.instructions import load_instructions
-from envs.prompts import encode, prompts_from
-from envs.rewards import RewardTable
+from deepinsert.backbones import load_backbone
+from deepinsert.controller import cli
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import encode, prompts_from
+from deepinsert.envs.rewards import RewardTable
 
 
 def write(data: Path, folder: Path) -> None:

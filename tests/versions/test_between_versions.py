@@ -17,7 +17,7 @@ import pytest
 import transformers
 from environments import FOLDER, ROOT, environment
 
-from backbones.compat.versions import TRIED_TRANSFORMERS
+from deepinsert.backbones.compat.versions import TRIED_TRANSFORMERS
 
 OLDEST, NEWEST = TRIED_TRANSFORMERS[0], TRIED_TRANSFORMERS[-1]
 SCRIPT = Path(__file__).parent / "exchange.py"

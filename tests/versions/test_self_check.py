@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from backbones import UntriedVersionError, deep_insert, mechanism
-from backbones.compat import self_check, versions
-from backbones.compat.transformers import CACHE_ARGUMENTS
-from backbones.mechanism import ATTRIBUTE, Insertion
-from backbones.rows import Rows
+from deepinsert.backbones import UntriedVersionError, deep_insert, mechanism
+from deepinsert.backbones.compat import self_check, versions
+from deepinsert.backbones.compat.transformers import CACHE_ARGUMENTS
+from deepinsert.backbones.mechanism import ATTRIBUTE, Insertion
+from deepinsert.backbones.rows import Rows
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def fix_taken_out(monkeypatch):
     named = inspect.signature(LlamaDecoderLayer.forward).parameters
     other = next(name for name in CACHE_ARGUMENTS if name not in named)
     for module in ("mechanism", "grouping"):
-        monkeypatch.setattr(f"backbones.{module}.cache_in", lambda fields: dict(fields or {}).get(other))
+        monkeypatch.setattr(
+            f"deepinsert.backbones.{module}.cache_in", lambda fields: dict(fields or {}).get(other)
+        )
 
 
 @pytest.fixture

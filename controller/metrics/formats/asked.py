@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from envs.chat_text import text_part
-from envs.prompts import ImageRef, Prompt
+from deepinsert.envs.chat_text import text_part
+from deepinsert.envs.prompts import ImageRef, Prompt
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

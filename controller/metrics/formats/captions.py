@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from envs.instructions import load_instructions
-from envs.media import DatasetError
-from envs.prompts import ImageRef, prompts_from
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.media import DatasetError
+from deepinsert.envs.prompts import ImageRef, prompts_from
 
-from ..contract import Example
 from .asked import ask, root_of
 from .records import by_key, read_record, read_table
 

@@ -7,8 +7,8 @@ import binascii
 from collections.abc import Mapping
 from pathlib import Path
 
-from envs.media import MAX_BYTES
-from envs.prompts import EncodedImage
+from deepinsert.envs.media import MAX_BYTES
+from deepinsert.envs.prompts import EncodedImage
 
 from .records import Row
 

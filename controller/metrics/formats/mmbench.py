@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from envs.prompts import EncodedImage
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.envs.prompts import EncodedImage
 
-from ..contract import Example
 from .asked import LETTER, LETTERS, ask, lettered, with_options
 from .encoded import from_base64
 from .records import Row, by_key, read_table

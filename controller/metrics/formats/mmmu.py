@@ -6,10 +6,10 @@ import ast
 import re
 from pathlib import Path
 
-from envs.chat_text import text_part
-from envs.prompts import Prompt
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.envs.chat_text import text_part
+from deepinsert.envs.prompts import Prompt
 
-from ..contract import Example
 from .asked import LETTER, SHORT_ANSWER, conversation, lettered
 from .encoded import from_struct
 from .records import Row, parquet_files, read_parquet

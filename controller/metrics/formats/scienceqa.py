@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from envs.media import DatasetError
-from envs.prompts import ImageRef
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.envs.media import DatasetError
+from deepinsert.envs.prompts import ImageRef
 
-from ..contract import Example
 from .asked import LETTER, LETTERS, ask, lettered, root_of, with_options
 from .records import Row, beside, json_rows, read_record
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
-from envs.media import DatasetError
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.envs.media import DatasetError
 
-from ..contract import Example
 from .asked import ask
 from .records import Row, beside, not_empty, read_record, read_table, read_text
 

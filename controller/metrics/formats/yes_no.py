@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from envs.media import DatasetError
-from envs.prompts import ImageRef
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.envs.media import DatasetError
+from deepinsert.envs.prompts import ImageRef
 
-from ..contract import Example
 from .asked import SHORT_ANSWER, ask, root_of
 from .records import Row, by_key, read_jsonl, read_text
 

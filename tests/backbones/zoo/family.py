@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from backbones import UnsupportedModelError, insert_at
+from deepinsert.backbones import UnsupportedModelError, insert_at
 
 PINNED = re.search(
     r"^transformers==(\S+)", (Path(__file__).parents[3] / "constraints.txt").read_text(), re.M

@@ -19,16 +19,16 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
 
-from backbones import Backbone
-from controller.lmms.model import DeepInsertChat
-from controller.lmms.plugin import MODEL, manifest
-from controller.lmms.questions import Wish, simple_prompt
-from controller.lmms.task import TASK, TaskOptions, write_task
-from controller.options import EvaluateOptions
-from controller.policy.layer_policy import LayerPolicy
-from controller.variants import evaluate
-from envs.instructions import load_instructions
-from envs.prompts import Prompt, encode, prompts_from
+from deepinsert.backbones import Backbone
+from deepinsert.controller.lmms.model import DeepInsertChat
+from deepinsert.controller.lmms.plugin import MODEL, manifest
+from deepinsert.controller.lmms.questions import Wish, simple_prompt
+from deepinsert.controller.lmms.task import TASK, TaskOptions, write_task
+from deepinsert.controller.options import EvaluateOptions
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.variants import evaluate
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import Prompt, encode, prompts_from
 
 LAYER = 5
 COLOURS = ("red", "green", "blue", "yellow")
@@ -40,8 +40,8 @@ dataset_kwargs:
     test: {{questions}}
 test_split: test
 output_type: multiple_choice
-doc_to_visual: !function controller.lmms.task.visuals
-doc_to_text: !function controller.lmms.task.text
+doc_to_visual: !function deepinsert.controller.lmms.task.visuals
+doc_to_text: !function deepinsert.controller.lmms.task.text
 doc_to_choice: {json.dumps(COLOURS)}
 doc_to_target: 0
 metric_list:

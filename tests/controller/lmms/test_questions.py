@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from controller.lmms.plugin import manifest
-from controller.lmms.questions import LONGEST, Wish, chat_prompt, simple_prompt
+from deepinsert.controller.lmms.plugin import manifest
+from deepinsert.controller.lmms.questions import LONGEST, Wish, chat_prompt, simple_prompt
 
 RED, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
 

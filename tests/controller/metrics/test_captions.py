@@ -6,8 +6,8 @@ import shutil
 import pytest
 from picture_files import save_image
 
-from controller.metrics import captions
-from controller.metrics.benchmark import benchmark, check_images
+from deepinsert.controller.metrics import captions
+from deepinsert.controller.metrics.benchmark import benchmark, check_images
 
 nltk = pytest.importorskip("nltk")
 pytest.importorskip("rouge_score")
@@ -51,7 +51,7 @@ def test_rouge_counts_words_and_sequences(chebi):
 
 
 def test_a_models_tokenizer(chebi, tmp_path):
-    from backbones import load_backbone
+    from deepinsert.backbones import load_backbone
 
     load_backbone("tiny", device="cpu").processor.tokenizer.save_pretrained(tmp_path / "tokens")
     rule = molecules(str(tmp_path / "tokens"), "bleu")

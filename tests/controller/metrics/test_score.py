@@ -5,10 +5,10 @@ import json
 import pytest
 from picture_files import image_base64, save_image
 
-from controller.metrics.benchmark import BENCHMARKS, benchmark
-from controller.metrics.score import read_answers, run
-from controller.options import ScoreOptions
-from envs.media import DatasetError
+from deepinsert.controller.metrics.benchmark import BENCHMARKS, benchmark
+from deepinsert.controller.metrics.score import read_answers, run
+from deepinsert.controller.options import ScoreOptions
+from deepinsert.envs.media import DatasetError
 
 
 def write_rows(path, rows):

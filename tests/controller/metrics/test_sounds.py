@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from controller.metrics.benchmark import BENCHMARKS, askable, benchmark
-from controller.metrics.embedders import similarities
-from controller.metrics.sounds import heard, label_text, mean_average_precision
-from envs.media import DatasetError
+from deepinsert.controller.metrics.benchmark import BENCHMARKS, askable, benchmark
+from deepinsert.controller.metrics.embedders import similarities
+from deepinsert.controller.metrics.sounds import heard, label_text, mean_average_precision
+from deepinsert.envs.media import DatasetError
 
 
 def test_answers_and_labels_are_worded_alike():

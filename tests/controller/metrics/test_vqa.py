@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from picture_files import save_image
 
-from controller.metrics.benchmark import benchmark, check_images
-from controller.metrics.contract import Example
-from controller.metrics.vqa import agreement, textvqa_answer, vqa_answer
-from envs.media import DatasetError
-from envs.prompts import Prompt
+from deepinsert.controller.metrics.benchmark import benchmark, check_images
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.controller.metrics.vqa import agreement, textvqa_answer, vqa_answer
+from deepinsert.envs.media import DatasetError
+from deepinsert.envs.prompts import Prompt
 
 
 def example(*references, **facts):

@@ -5,11 +5,11 @@ import json
 import pytest
 from picture_files import save_image
 
-from controller.metrics.benchmark import benchmark, check_images
-from controller.metrics.contract import Example
-from controller.metrics.yes_no import mme_answer, says_no
-from envs.media import DatasetError
-from envs.prompts import Prompt
+from deepinsert.controller.metrics.benchmark import benchmark, check_images
+from deepinsert.controller.metrics.contract import Example
+from deepinsert.controller.metrics.yes_no import mme_answer, says_no
+from deepinsert.envs.media import DatasetError
+from deepinsert.envs.prompts import Prompt
 
 
 @pytest.mark.parametrize(

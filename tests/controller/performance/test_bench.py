@@ -15,22 +15,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import sdpa_flop_count
 
-from backbones import CostModel, deep_insert, remove_deep_insert
-from backbones.encoder_costs import flop_counter
-from backbones.families import find_stack
-from controller import cli
-from controller.options import FinetuneOptions
-from controller.performance import bench, ideal
-from controller.performance.arms import Samples, Spent, compare, saving_kept, take_turns
-from controller.performance.batches import make_batch, tokens_per_image
-from controller.performance.cases import measure
-from controller.performance.document import write_document
-from controller.performance.goals import verdict
-from controller.performance.grids import PER_ROW, Cell, full_grid, quick_grid
-from controller.performance.host_syncs import find_syncs
-from controller.performance.models import build_bench_model
-from controller.performance.published import PUBLISHED
-from controller.variants.recipe import make_trainable
+from deepinsert.backbones import CostModel, deep_insert, remove_deep_insert
+from deepinsert.backbones.encoder_costs import flop_counter
+from deepinsert.backbones.families import find_stack
+from deepinsert.controller import cli
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.performance import bench, ideal
+from deepinsert.controller.performance.arms import Samples, Spent, compare, saving_kept, take_turns
+from deepinsert.controller.performance.batches import make_batch, tokens_per_image
+from deepinsert.controller.performance.cases import measure
+from deepinsert.controller.performance.document import write_document
+from deepinsert.controller.performance.goals import verdict
+from deepinsert.controller.performance.grids import PER_ROW, Cell, full_grid, quick_grid
+from deepinsert.controller.performance.host_syncs import find_syncs
+from deepinsert.controller.performance.models import build_bench_model
+from deepinsert.controller.performance.published import PUBLISHED
+from deepinsert.controller.variants.recipe import make_trainable
 
 ROOT = Path(bench.__file__).parents[2]
 TINY = ("bench", "--backbone", "bench-tiny", "--batch-size", "2", "--repeats", "1")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from backbones import CostModel, load_backbone
-from controller import cli
+from deepinsert.backbones import CostModel, load_backbone
+from deepinsert.controller import cli
 
 LLAVA = {
     "model_type": "llava",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from controller.policy.baselines import (
+from deepinsert.controller.policy.baselines import (
     gate_columns,
     judge,
     nearest_neighbour_columns,

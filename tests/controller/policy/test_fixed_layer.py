@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
-from controller.policy.fixed_layer import WIDE, bootstrap_means, by_image, caveat, choose_fixed_layer, named
-from controller.statistics import paired_interval
+from deepinsert.controller.policy.fixed_layer import (
+    WIDE,
+    bootstrap_means,
+    by_image,
+    caveat,
+    choose_fixed_layer,
+    named,
+)
+from deepinsert.controller.statistics import paired_interval
 
 LAYERS = 8
 TRUE = 3
@@ -63,7 +70,7 @@ def test_the_bootstrap_does_not_depend_on_how_it_is_cut(monkeypatch):
     sums, counts = by_image(*rewards_of(0, 50, questions=3))
     assert counts.tolist() == [3] * 50
     whole = bootstrap_means(sums, counts, 100, seed=5)
-    monkeypatch.setattr("controller.policy.fixed_layer.CHUNK", 50 * 7)
+    monkeypatch.setattr("deepinsert.controller.policy.fixed_layer.CHUNK", 50 * 7)
     np.testing.assert_allclose(bootstrap_means(sums, counts, 100, seed=5), whole, rtol=1e-12)
 
 

@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from controller.policy.frontier import FrontierPoint, frontier, pareto
-from controller.policy.layer_policy import LayerPolicy
-from envs.rewards import RewardTable
-from envs.skip_weights import SkipWeights
+from deepinsert.controller.policy.frontier import FrontierPoint, frontier, pareto
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.skip_weights import SkipWeights
 
 
 @pytest.fixture(scope="module")

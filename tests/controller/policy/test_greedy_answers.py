@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from controller.metrics.exact_match import exact_match
-from controller.policy import greedy_answers
-from controller.policy.greedy_answers import answers_at_layer, judge, sure_answers
-from envs import RewardTable, load_instructions, prompts_from
+from deepinsert.controller.metrics.exact_match import exact_match
+from deepinsert.controller.policy import greedy_answers
+from deepinsert.controller.policy.greedy_answers import answers_at_layer, judge, sure_answers
+from deepinsert.envs import RewardTable, load_instructions, prompts_from
 
 LAYERS = (0, 5, 8)
 

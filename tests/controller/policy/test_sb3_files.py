@@ -15,12 +15,12 @@ import pytest
 import torch
 from stable_baselines3 import A2C, DQN, PPO
 
-from controller.policy import sb3_files
-from controller.policy.layer_policy import LayerPolicy
-from controller.policy.sb3_files import read_network
-from envs.insert_layer_env import InsertLayerEnv
-from envs.observations import Normaliser
-from envs.rewards import RewardTable
+from deepinsert.controller.policy import sb3_files
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.sb3_files import read_network
+from deepinsert.envs.insert_layer_env import InsertLayerEnv
+from deepinsert.envs.observations import Normaliser
+from deepinsert.envs.rewards import RewardTable
 
 LAYERS = (0, 2, 5)
 WIDTH = 6

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from backbones import CostModel
-from controller.metrics.exact_match import exact_match
-from controller.options import SweepOptions
-from controller.policy import sweep
-from envs import RewardTable, encode, load_instructions, prompts_from
+from deepinsert.backbones import CostModel
+from deepinsert.controller.metrics.exact_match import exact_match
+from deepinsert.controller.options import SweepOptions
+from deepinsert.controller.policy import sweep
+from deepinsert.envs import RewardTable, encode, load_instructions, prompts_from
 
 LAYERS = (0, 3, 8)
 

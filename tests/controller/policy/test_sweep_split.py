@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controller import cli
-from controller.options import SweepOptions
-from controller.policy import sweep
-from envs import RewardTable
+from deepinsert.controller import cli
+from deepinsert.controller.options import SweepOptions
+from deepinsert.controller.policy import sweep
+from deepinsert.envs import RewardTable
 
 ROOT = Path(cli.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -69,7 +69,8 @@ def command(options, **environment):
             given += [word if value else f"--no-{word[2:]}"]
         elif value not in (None, ""):
             given += [word, str(value)]
-    return [sys.executable, "-m", "controller.cli", "sweep", *given], {**ENVIRONMENT, **environment}
+    words = [sys.executable, "-m", "deepinsert.controller.cli", "sweep", *given]
+    return words, {**ENVIRONMENT, **environment}
 
 
 def start(options, **environment):
@@ -190,7 +191,7 @@ NURSERY = """
 import json, os, signal, sys
 import torch, transformers, matplotlib.pyplot, pyarrow.parquet
 from controller import cli
-from controller.policy import sweep
+from deepinsert.controller.policy import sweep
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     words, environment = json.loads(line)

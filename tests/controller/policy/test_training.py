@@ -13,13 +13,13 @@ import torch
 from stable_baselines3 import PPO
 from synthetic_tables import LAYERS, clustered_table, constant_table, graded_table, structureless_table
 
-from controller.options import TrainPolicyOptions
-from controller.policy.layer_policy import LayerPolicy
-from controller.policy.training import isolated_random_state, judge_policy, run, train_policy
-from controller.studies.lambda_study import study
-from envs.observations import Normaliser
-from envs.rewards import RewardTable
-from envs.skip_weights import SkipWeights
+from deepinsert.controller.options import TrainPolicyOptions
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.training import isolated_random_state, judge_policy, run, train_policy
+from deepinsert.controller.studies.lambda_study import study
+from deepinsert.envs.observations import Normaliser
+from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.skip_weights import SkipWeights
 
 SKIP_WEIGHT = 0.5
 STEPS = 20_480

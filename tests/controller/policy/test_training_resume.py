@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from synthetic_tables import clustered_table
 
-from controller.options import TrainPolicyOptions
-from controller.policy.layer_policy import LayerPolicy
-from controller.policy.training import run, train_policy
-from controller.policy.training_state import StateFile
+from deepinsert.controller.options import TrainPolicyOptions
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.training import run, train_policy
+from deepinsert.controller.policy.training_state import StateFile
 
 ALGORITHMS = {"ppo": 6_144, "a2c": 3_072, "dqn": 4_096, "full-info": 40_000}
 STATE_SECONDS = 0.02
@@ -29,7 +29,7 @@ STATE_SECONDS = 0.02
 def server():
     """Starts processes that have imported what training needs, but run nothing of torch yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["controller.policy.training", "backbones"])
+    context.set_forkserver_preload(["deepinsert.controller.policy.training", "deepinsert.backbones"])
     return context
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from controller.policy.training import split_prompts
-from controller.studies import ablation
-from controller.studies.ablation import ObservationAblationOptions, chosen_observations, table_of
-from envs import Observation, RewardTable
+from deepinsert.controller.policy.training import split_prompts
+from deepinsert.controller.studies import ablation
+from deepinsert.controller.studies.ablation import ObservationAblationOptions, chosen_observations, table_of
+from deepinsert.envs import Observation, RewardTable
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from controller.option_checks import check
-from controller.options import LayerStudyOptions
-from controller.runs import read_result
-from controller.studies import layer_study
-from controller.variants import finetune
-from envs.instructions import load_instructions
-from envs.rewards import RewardTable
+from deepinsert.controller.option_checks import check
+from deepinsert.controller.options import LayerStudyOptions
+from deepinsert.controller.runs import read_result
+from deepinsert.controller.studies import layer_study
+from deepinsert.controller.variants import finetune
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.rewards import RewardTable
 
 ROOT = Path(__file__).parents[3]
 LAYERS = [0, 3, 6]
 CHILD = """
 import pickle, sys, torch
-from controller.studies import layer_study
+from deepinsert.controller.studies import layer_study
 if __name__ == "__main__":
     torch.set_num_threads(1)
     layer_study.run(pickle.load(sys.stdin.buffer))

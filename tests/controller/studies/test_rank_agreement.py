@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from controller.studies.rank_agreement import Bootstrap, choice, correlations, kendall, spearman
+from deepinsert.controller.studies.rank_agreement import Bootstrap, choice, correlations, kendall, spearman
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -8,12 +8,12 @@ import random
 import pytest
 import torch
 
-from backbones import insert_at, load_backbone
-from controller.tiny.alignment import GROUPS, describe_patches, pixels
-from controller.tiny.muon import orthogonalise
-from controller.tiny.packing import answer_scores, by_question, pack
-from controller.tiny.pretraining import ALL_KINDS, PretrainTinyOptions, draw_insert_layer, run
-from envs.rendering import draw_scene, questions, render
+from deepinsert.backbones import insert_at, load_backbone
+from deepinsert.controller.tiny.alignment import GROUPS, describe_patches, pixels
+from deepinsert.controller.tiny.muon import orthogonalise
+from deepinsert.controller.tiny.packing import answer_scores, by_question, pack
+from deepinsert.controller.tiny.pretraining import ALL_KINDS, PretrainTinyOptions, draw_insert_layer, run
+from deepinsert.envs.rendering import draw_scene, questions, render
 
 
 @pytest.mark.parametrize("insert_layer", [0, 3, 8])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.options import FinetuneOptions
+from deepinsert.controller.options import FinetuneOptions
 
 
 @pytest.fixture(scope="session")

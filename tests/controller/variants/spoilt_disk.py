@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from controller import runs
-from controller.options import FinetuneOptions
-from controller.variants import checkpoints, finetune, trainer
-from controller.variants.checkpoints import checkpoint_folders
-from controller.variants.manifest import check_whole, sha256
+from deepinsert.controller import runs
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import checkpoints, finetune, trainer
+from deepinsert.controller.variants.checkpoints import checkpoint_folders
+from deepinsert.controller.variants.manifest import check_whole, sha256
 
 SIZE = 160  # MB
 

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from controller.variants.batches import PromptOrder, word_count
-from envs.prompts import Prompt
+from deepinsert.controller.variants.batches import PromptOrder, word_count
+from deepinsert.envs.prompts import Prompt
 
 PICTURE = Image.new("RGB", (8, 8))
 PROMPTS = [

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backbones import Backbone
-from controller.metrics.benchmark import BENCHMARKS, Benchmark, Example, Score
-from controller.options import EvaluateOptions
-from controller.statistics import mcnemar
-from controller.variants import evaluate, report
-from controller.variants.comparison import Comparison, Predictions, by_source
-from controller.variants.judged import Variant
-from envs.instructions import load_instructions
-from envs.prompts import Prompt, prompts_from
+from deepinsert.backbones import Backbone
+from deepinsert.controller.metrics.benchmark import BENCHMARKS, Benchmark, Example, Score
+from deepinsert.controller.options import EvaluateOptions
+from deepinsert.controller.statistics import mcnemar
+from deepinsert.controller.variants import evaluate, report
+from deepinsert.controller.variants.comparison import Comparison, Predictions, by_source
+from deepinsert.controller.variants.judged import Variant
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import Prompt, prompts_from
 
 
 @pytest.fixture(scope="module")

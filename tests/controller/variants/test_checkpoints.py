@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from controller.variants.checkpoints import checkpoint_folders, keep_newest, newest_complete, replacing_folder
-from controller.variants.manifest import MANIFEST, CheckpointError, check_whole, write_manifest
+from deepinsert.controller.variants.checkpoints import (
+    checkpoint_folders,
+    keep_newest,
+    newest_complete,
+    replacing_folder,
+)
+from deepinsert.controller.variants.manifest import MANIFEST, CheckpointError, check_whole, write_manifest
 
 IDENTITY = {"backbone": "abc", "data": "def"}
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from backbones import Backbone, load_backbone
-from controller.option_checks import check
-from controller.options import FinetuneOptions, TrainPolicyOptions
-from controller.policy import training
-from controller.policy.layer_policy import LayerPolicy
-from controller.variants import finetune
-from controller.variants.depths import DepthSampler, make_depths
-from controller.variants.trainer import VariantTrainer
-from envs.instructions import load_instructions
-from envs.prompts import IGNORED, Prompt, answer_loss, encode, prompts_from
+from deepinsert.backbones import Backbone, load_backbone
+from deepinsert.controller.option_checks import check
+from deepinsert.controller.options import FinetuneOptions, TrainPolicyOptions
+from deepinsert.controller.policy import training
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.depths import DepthSampler, make_depths
+from deepinsert.controller.variants.trainer import VariantTrainer
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import IGNORED, Prompt, answer_loss, encode, prompts_from
 
 ROWS = 6
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from backbones import Backbone, CostModel, load_backbone
-from controller.answers import generation_inputs
-from controller.metrics.benchmark import Example, benchmark
-from controller.metrics.exact_match import exact_match
-from controller.options import EvaluateOptions, FinetuneOptions
-from controller.policy.layer_policy import LayerPolicy
-from controller.variants import evaluate, finetune
-from controller.variants.comparison import by_source, spread
-from controller.variants.evaluate import predict, read_predictions
-from controller.variants.judged import Variant, variant_names
-from controller.variants.timing import time_forwards
-from envs.instructions import load_instructions
-from envs.prompts import Prompt, encode, prompts_from
+from deepinsert.backbones import Backbone, CostModel, load_backbone
+from deepinsert.controller.answers import generation_inputs
+from deepinsert.controller.metrics.benchmark import Example, benchmark
+from deepinsert.controller.metrics.exact_match import exact_match
+from deepinsert.controller.options import EvaluateOptions, FinetuneOptions
+from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.variants import evaluate, finetune
+from deepinsert.controller.variants.comparison import by_source, spread
+from deepinsert.controller.variants.evaluate import predict, read_predictions
+from deepinsert.controller.variants.judged import Variant, variant_names
+from deepinsert.controller.variants.timing import time_forwards
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import Prompt, encode, prompts_from
 
 FRACTION = 0.5
 LAYERS = (0, 5)

@@ -17,20 +17,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerState
 
-from backbones import Backbone, load_backbone
-from controller.options import FinetuneOptions
-from controller.variants import finetune
-from controller.variants.checkpoints import checkpoint_folders
-from controller.variants.manifest import CheckpointError, check_whole
-from controller.variants.parts import encoders, lora_targets, projectors
-from envs.instructions import load_instructions
-from envs.prompts import encode, prompts_from
+from deepinsert.backbones import Backbone, load_backbone
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.checkpoints import checkpoint_folders
+from deepinsert.controller.variants.manifest import CheckpointError, check_whole
+from deepinsert.controller.variants.parts import encoders, lora_targets, projectors
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import encode, prompts_from
 
 STEPS = 10
 ROOT = Path(__file__).parents[3]
 CHILD = """
 import pickle, sys, torch
-from controller.variants import finetune
+from deepinsert.controller.variants import finetune
 threads, options = pickle.load(sys.stdin.buffer)
 torch.set_num_threads(threads)
 finetune.run(options)

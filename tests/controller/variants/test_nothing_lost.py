@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from controller.options import FinetuneOptions
-from controller.variants import finetune
-from controller.variants.checkpoints import checkpoint_folders
-from controller.variants.manifest import CARD, MANIFEST, CheckpointError, check_whole
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.checkpoints import checkpoint_folders
+from deepinsert.controller.variants.manifest import CARD, MANIFEST, CheckpointError, check_whole
 
 ROOT = Path(__file__).parents[3]
 METHODS = ("lora", "full")
@@ -47,7 +47,7 @@ def options(small_run: FinetuneOptions) -> FinetuneOptions:
 def server() -> Any:
     """Starts processes that have imported what finetuning needs, but run nothing of torch yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["controller.variants.finetune", "backbones"])
+    context.set_forkserver_preload(["deepinsert.controller.variants.finetune", "deepinsert.backbones"])
     return context
 
 

@@ -19,13 +19,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from backbones import Backbone
-from controller.options import FinetuneOptions
-from controller.variants import finetune
-from controller.variants.batches import PromptDataset, PromptOrder, collator
-from controller.variants.manifest import MANIFEST
-from envs.instructions import load_instructions
-from envs.prompts import prompts_from
+from deepinsert.backbones import Backbone
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.batches import PromptDataset, PromptOrder, collator
+from deepinsert.controller.variants.manifest import MANIFEST
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import prompts_from
 
 ROOT = Path(__file__).parents[3]
 SHARDED = {

@@ -12,15 +12,15 @@ import pytest
 import yaml
 from small_hub import CUT_OFF, Hub, small_hub
 
-from controller.options import FinetuneOptions
-from controller.variants import finetune
-from controller.variants.publish import PublishError, publish, repository_name
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.publish import PublishError, publish, repository_name
 
 ROOT = Path(__file__).parents[3]
 # One process for all tokens: what it takes to import counts more than what it does.
 TRY_TOKENS = """
 import os, pickle, sys
-from controller.variants.publish import PublishError, publish
+from deepinsert.controller.variants.publish import PublishError, publish
 options, tokens = pickle.load(sys.stdin.buffer)
 for token in tokens:
     os.environ["HF_TOKEN"] = token
@@ -81,7 +81,7 @@ def test_every_byte_arrives(finished: FinetuneOptions, hub: Hub, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_command_pushes_a_finished_run(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "controller.cli", "finetune", "--out", str(finished.out)]
+    command = [sys.executable, "-m", "deepinsert.controller.cli", "finetune", "--out", str(finished.out)]
     for name in ("data", "insert_layer", "fraction", "steps", "batch_size", "lora_rank", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(finished, name))]
     command += ["--push-to-hub", "--hub-model-id", "me/shapes", "--hub-private-repo"]

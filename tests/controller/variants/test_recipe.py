@@ -2,19 +2,19 @@
 
 import copy
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from zoo import FAMILIES
 
-from backbones import deep_insert, insert_layer_of
-from backbones.families import find_stack
-from controller.options import FinetuneOptions
-from controller.variants.parts import encoders, lora_targets, projectors
-from controller.variants.recipe import (
+from deepinsert.backbones import deep_insert, insert_layer_of
+from deepinsert.backbones.families import find_stack
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants.parts import encoders, lora_targets, projectors
+from deepinsert.controller.variants.recipe import (
     accumulation,
     learning_rate,
     make_trainable,
@@ -22,10 +22,6 @@ from controller.variants.recipe import (
     projector_learning_rate,
     reporters,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "backbones"))
-
-from zoo import FAMILIES
 
 # Where a family's parts are; all the rest of its weights belong to the text model or the head.
 PARTS = {

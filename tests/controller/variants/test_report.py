@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from controller.variants.pictures import figure1
-from controller.variants.report import markdown, table1
+from deepinsert.controller.variants.pictures import figure1
+from deepinsert.controller.variants.report import markdown, table1
 
 MACHINE = {"cpu": "a processor", "cores": 2, "ram_gib": 8.0, "gpu": None}
 

@@ -14,15 +14,15 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from backbones import load_backbone
-from controller.data import read_data
-from controller.options import EvaluateOptions, FinetuneOptions
-from controller.variants import finetune
-from controller.variants.finetune import make_trainer
-from controller.variants.judged import Variant, check_precision, finetuned_variants
-from controller.variants.loading import load
-from controller.variants.manifest import CheckpointError, check_whole
-from controller.variants.model_card import (
+from deepinsert.backbones import load_backbone
+from deepinsert.controller.data import read_data
+from deepinsert.controller.options import EvaluateOptions, FinetuneOptions
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.finetune import make_trainer
+from deepinsert.controller.variants.judged import Variant, check_precision, finetuned_variants
+from deepinsert.controller.variants.loading import load
+from deepinsert.controller.variants.manifest import CheckpointError, check_whole
+from deepinsert.controller.variants.model_card import (
     BEGIN,
     END,
     Facts,
@@ -31,7 +31,7 @@ from controller.variants.model_card import (
     published_base,
     update_results,
 )
-from envs.prompts import prompts_from
+from deepinsert.envs.prompts import prompts_from
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from controller.options import FinetuneOptions
-from controller.variants.storage import StorageError, naming_storage
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants.storage import StorageError, naming_storage
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = Path(__file__).with_name("spoilt_disk.py")
@@ -103,7 +103,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
         "from safetensors.torch import save_file\n"
-        "from controller.variants.storage import StorageError, naming_storage\n"
+        "from deepinsert.controller.variants.storage import StorageError, naming_storage\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "folder, weights = Path(sys.argv[1]), torch.zeros(100_000)\n"
         "for save in (torch.save, lambda value, path: save_file({'a': value}, path),\n"

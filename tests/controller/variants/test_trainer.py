@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainingArguments
 
-from backbones import load_backbone
-from backbones.compat.trainer import recomputing
-from controller.options import FinetuneOptions
-from controller.variants import finetune
-from controller.variants.batches import PromptDataset, collator
-from controller.variants.trainer import VariantTrainer
-from envs.instructions import load_instructions
-from envs.prompts import prompts_from
+from deepinsert.backbones import load_backbone
+from deepinsert.backbones.compat.trainer import recomputing
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.variants import finetune
+from deepinsert.controller.variants.batches import PromptDataset, collator
+from deepinsert.controller.variants.trainer import VariantTrainer
+from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.prompts import prompts_from
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,12 @@ the processes' CPUs do it too, and everything else is as it is on GPUs.
 
 import pickle
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from controller.variants import finetune
+from deepinsert.controller.variants import finetune
 
 stock = AcceleratorState.__init__
 
