@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepinsert.backbones.compat.transformers import layers_read_by_others
 
+from .errors import UnsupportedModelError
+
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
@@ -24,10 +26,6 @@ ENCODER_DECODER = (
     "is an encoder-decoder: only those are supported whose encoder reads features among text, in layers that "
     "hand no position bias on"
 )
-
-
-class UnsupportedModelError(ValueError):
-    """The model has no decoder stack that multimodal tokens could enter late, or one not handled yet."""
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:

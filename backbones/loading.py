@@ -29,9 +29,9 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 
 from deepinsert.backbones.compat.transformers import adapter_config, file_beside, processor_without_video
+from deepinsert.backbones.mechanism.insertion import deep_insert, insert_at, insert_layer_of
 
 from .families import find_stack, placeholder_token_ids
-from .insertion import deep_insert, insert_at, insert_layer_of
 
 TINY = Path(__file__).parent / "tiny"
 

@@ -14,17 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepinsert.backbones.compat.transformers import GROWING, INDEXED, KEYLESS, cached_as, foreign_cache
+from deepinsert.backbones.mechanism.positions import POSITION_ARGUMENTS
 
-from .cache import UnsupportedCacheError
+from .errors import UnsupportedCacheError, UnsupportedModelError
 from .families import (
     ENCODER_DECODER,
-    UnsupportedModelError,
     find_placeholder_owner,
     is_encoder_decoder,
     name_of,
     placeholder_token_ids,
 )
-from .positions import POSITION_ARGUMENTS
 
 _CACHED_PLAINLY = (*GROWING, *KEYLESS)
 """Layers cached in other ways keep blocks, indices or several things of different lengths."""

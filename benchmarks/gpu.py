@@ -20,13 +20,13 @@ import tyro
 from deepinsert.backbones import CostModel
 from deepinsert.controller.option_checks import check, parse_layers
 from deepinsert.controller.options import RunOptions
-from deepinsert.controller.performance.batches import make_batch, tokens_per_image
 from deepinsert.controller.performance.bench import Subject, finish, measure_cells
 from deepinsert.controller.performance.grids import Cell
 from deepinsert.controller.performance.host_syncs import find_syncs
-from deepinsert.controller.performance.published import PUBLISHED
-from deepinsert.controller.performance.tables import measured_on, terminal, text_table
-from deepinsert.controller.runs import read_result, start_run, write_json
+from deepinsert.controller.performance.performance_tables import measured_on, terminal, text_table
+from deepinsert.controller.performance.published_configurations import PUBLISHED
+from deepinsert.controller.performance.sample_batches import make_batch, tokens_per_image
+from deepinsert.controller.runs.folder import read_result, start_run, write_json
 
 PAPER = {4: 0.928, 8: 0.881, 12: 0.836}
 """Prefill of LLaVA-1.5-7B by insert layer against stock, on the paper's A100."""

@@ -28,15 +28,15 @@ from deepinsert.backbones import Backbone, deep_insert, load_backbone
 from deepinsert.backbones.loading import TINY, load_processor
 from deepinsert.controller.options import RunOptions
 from deepinsert.controller.performance.arms import Arm, Clock, Spent, compare, take_turns
-from deepinsert.controller.performance.models import BENCH_MODELS, PATCH_SIZE, build_bench_model
-from deepinsert.controller.performance.tables import markdown_table, measured_on, text_table
-from deepinsert.controller.runs import machine, replacing, start_run, write_json, write_result
-from deepinsert.envs.block_forward import BlockForward
-from deepinsert.envs.group_forward import GroupForward
-from deepinsert.envs.instructions import load_instructions
-from deepinsert.envs.prompt_keys import prompt_groups
+from deepinsert.controller.performance.performance_tables import markdown_table, measured_on, text_table
+from deepinsert.controller.performance.random_models import BENCH_MODELS, PATCH_SIZE, build_bench_model
+from deepinsert.controller.runs.folder import machine, replacing, start_run, write_json, write_result
+from deepinsert.envs.data.instructions import load_instructions
+from deepinsert.envs.data.rendering import render_instructions
 from deepinsert.envs.prompts import Prompt, prompts_from
-from deepinsert.envs.rendering import render_instructions
+from deepinsert.envs.rewards.block_forward import BlockForward
+from deepinsert.envs.rewards.group_forward import GroupForward
+from deepinsert.envs.rewards.keys import prompt_groups
 
 BATCH = 32
 """Prompts in a batch of the independent arm."""

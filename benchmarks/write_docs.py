@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deepinsert.controller.performance.document import write_document
+from deepinsert.controller.performance.performance_page import write_document
 
 DOCS = Path(__file__).parents[1] / "docs"
 

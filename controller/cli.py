@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "train-policy": Command(
         command_options.TrainPolicyOptions,
-        "policy.training",
+        "learning.train_policy",
         "deepinsert train-policy --data runs/demo/data/train/instructions.json --fraction 0.5 "
         "--skip-weight 0.5 --out runs/policy",
     ),
@@ -50,13 +50,13 @@ COMMANDS = {
     ),
     "finetune": Command(
         command_options.FinetuneOptions,
-        "variants.finetune",
+        "finetuning.finetune",
         "deepinsert finetune --data runs/demo/data/train/instructions.json --insert-layer 3 --steps 100 "
         "--global-batch-size 32 --out runs/variant",
     ),
     "evaluate": Command(
         command_options.EvaluateOptions,
-        "variants.evaluate",
+        "evaluation.evaluate",
         "deepinsert evaluate --data runs/demo/data/held_out/instructions.json "
         "--variants runs/demo/finetune-baseline runs/demo/finetune --out runs/evaluate",
     ),
@@ -68,7 +68,7 @@ COMMANDS = {
     ),
     "report": Command(
         command_options.ReportOptions,
-        "variants.report",
+        "evaluation.report",
         "deepinsert report --runs runs/demo/evaluate runs/evaluate --out runs/report",
     ),
     "score": Command(

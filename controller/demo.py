@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from deepinsert.backbones.loading import TINY
+from deepinsert.controller.evaluation.report import columns
+from deepinsert.controller.runs.folder import (
+    describe_machine,
+    machine,
+    read_result,
+    same_run,
+    start_run,
+    write_json,
+    write_result,
+)
 from deepinsert.controller.studies.jobs import run_of
-from deepinsert.controller.variants.report import columns
-from deepinsert.envs.rendering import render_instructions
+from deepinsert.envs.data.rendering import render_instructions
 
 from .options import (
     DemoOptions,
@@ -25,7 +34,6 @@ from .options import (
     SweepOptions,
     TrainPolicyOptions,
 )
-from .runs import describe_machine, machine, read_result, same_run, start_run, write_json, write_result
 
 STEPS = ("sweep", "train-policy", "recommend", "finetune-baseline", "finetune", "evaluate")
 INSTRUCTIONS = "instructions.json"

@@ -11,24 +11,22 @@ from typing import TYPE_CHECKING, Any
 from .envs.registration import register_envs
 
 if TYPE_CHECKING:
-    from .backbones.cache import UnsupportedCacheError
-    from .backbones.compat.self_check import UntriedVersionError
-    from .backbones.costs import CostModel
-    from .backbones.families import UnsupportedModelError
-    from .backbones.insertion import (
+    from .backbones.costs.cost_model import CostModel
+    from .backbones.errors import UnsupportedCacheError, UnsupportedModelError, UntriedVersionError
+    from .backbones.loading import Backbone, load_backbone
+    from .backbones.mechanism.insertion import (
         deep_insert,
         insert_at,
         insert_layer_of,
         remove_deep_insert,
         set_insert_layer,
     )
-    from .backbones.loading import Backbone, load_backbone
     from .controller.policy.layer_policy import LayerPolicy
+    from .envs.data.instructions import load_instructions
+    from .envs.data.media import DatasetError
     from .envs.insert_layer_env import InsertLayerEnv
-    from .envs.instructions import load_instructions
-    from .envs.media import DatasetError
     from .envs.prompts import Prompt, prompts_from
-    from .envs.rewards import RewardTable
+    from .envs.rewards.table import RewardTable
     from .envs.vector_env import InsertLayerVecEnv
 
 __all__ = [
@@ -61,7 +59,7 @@ _ROOM_OF = {
     "DatasetError": "envs",
     "InsertLayerEnv": "envs",
     "InsertLayerVecEnv": "envs",
-    "LayerPolicy": "controller.policy",
+    "LayerPolicy": "deepinsert.controller.policy",
     "Prompt": "envs",
     "RewardTable": "envs",
     "UnsupportedCacheError": "backbones",

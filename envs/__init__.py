@@ -10,12 +10,12 @@ from typing import Any
 from .registration import register_envs
 
 PUBLIC = {
-    "DatasetError": "media",
-    "InstructionData": "instructions",
-    "Record": "instructions",
-    "Turn": "instructions",
-    "load_instructions": "instructions",
-    "split_by_image": "instructions",
+    "DatasetError": "data.media",
+    "InstructionData": "data.instructions",
+    "Record": "data.instructions",
+    "Turn": "data.instructions",
+    "load_instructions": "data.instructions",
+    "split_by_image": "data.instructions",
     "Prompt": "prompts",
     "answer_loss": "prompts",
     "encode": "prompts",
@@ -23,10 +23,10 @@ PUBLIC = {
     "Normaliser": "observations",
     "Observation": "observations",
     "prompt_embeddings": "observations",
-    "RewardTable": "rewards",
+    "RewardTable": "rewards.table",
     "SkipWeights": "skip_weights",
-    "Times": "time_bonus",
-    "measure_times": "time_bonus",
+    "Times": "rewards.time_bonus",
+    "measure_times": "rewards.time_bonus",
     "InsertLayerEnv": "insert_layer_env",
     "InsertLayerVecEnv": "vector_env",
 }

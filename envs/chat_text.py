@@ -8,10 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .prompts import Prompt
+from typing import Any
 
 
 def text_part(text: str) -> dict[str, str]:
@@ -56,14 +53,15 @@ def render(processor: Any, messages: list[dict[str, Any]], *, generation_prompt:
 
 
 def answered(
-    processor: Any, prompt: Prompt, chat: list[dict[str, Any]], special: Sequence[str], eos: str
+    processor: Any, name: str, chat: list[dict[str, Any]], special: Sequence[str], eos: str, every: bool
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the spans of characters that carry loss in it."""
+    """The rendered conversation `name` and the spans of characters that carry loss in it: of the assistant's
+    last turn, or of `every` one."""
     text = render(processor, chat)
     turns = [position for position, message in enumerate(chat) if message["role"] == "assistant"]
     last = turns[-1]
     spans = []
-    for position in turns if prompt.loss_on == "all" else [last]:
+    for position in turns if every else [last]:
         before = render(processor, chat[:position], generation_prompt=True)
         through = text if position == last else render(processor, chat[: position + 1])
         # LLaVA-OneVision writes "assistant \n" before an answer, but "assistant\n" to ask for one.
@@ -77,7 +75,7 @@ def answered(
             and through.startswith(answer, said if answer else start)
         ):
             raise ValueError(
-                f"prompt {prompt.id!r}: the chat template of {type(processor).__name__} does not write "
+                f"prompt {name!r}: the chat template of {type(processor).__name__} does not write "
                 f"answer {answer[:60]!r} as a continuation of the conversation before it, so its tokens "
                 "cannot be told from the others; use a template that renders a turn the same with and "
                 "without what follows"

@@ -12,8 +12,9 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 
+from deepinsert.envs.rewards.table import Bonus, RewardTable
+
 from .observations import LIMIT, Normaliser, Observation, check_observations
-from .rewards import Bonus, RewardTable
 from .skip_weights import SkipWeights
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class InsertLayerEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     Either a backbone and prompts:
 
     ```python
-    import envs  # registers the environment
+    import deepinsert  # registers the environment
     env = gymnasium.make("DeepInsert/InsertLayer-v0", backbone=backbone, prompts=prompts, skip_weight=0.5)
     ```
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deepinsert.backbones.families import deepest_insert_layer, find_stack
-from deepinsert.backbones.insertion import insert_at
 from deepinsert.backbones.loading import to_model
+from deepinsert.backbones.mechanism.insertion import insert_at
 
 from .prompts import ImageRef, Prompt, encode, text_token_ids
 

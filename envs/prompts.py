@@ -16,6 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepinsert.envs.data.instructions import IMAGE_MARK, InstructionData, Record
+from deepinsert.envs.data.media import DatasetError, decode_image, open_image
+
 from .chat_text import (
     answer_positions,
     answered,
@@ -28,8 +31,6 @@ from .chat_text import (
     text_part,
     writes_bos,
 )
-from .instructions import IMAGE_MARK, InstructionData, Record
-from .media import DatasetError, decode_image, open_image
 
 if TYPE_CHECKING:
     from transformers.processing_utils import ProcessorMixin
@@ -229,7 +230,10 @@ def chat_texts(
     if not with_answers:
         return [(render(processor, chat[:-1], generation_prompt=True), []) for chat in chats]
     end = tokenizer.eos_token or ""
-    return [answered(processor, p, chat, special, end) for p, chat in zip(prompts, chats, strict=True)]
+    return [
+        answered(processor, prompt.id, chat, special, end, every=prompt.loss_on == "all")
+        for prompt, chat in zip(prompts, chats, strict=True)
+    ]
 
 
 def text_token_ids(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list[list[int]]:

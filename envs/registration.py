@@ -11,7 +11,7 @@ ENV_ID = "DeepInsert/InsertLayer-v0"
 def register_envs() -> None:
     """Register `DeepInsert/InsertLayer-v0`; doing so again changes nothing.
 
-    `import envs` calls this. `gymnasium.register_envs(envs)` says the same to readers and linters.
+    `import deepinsert` calls this; `gymnasium.register_envs(deepinsert)` tells readers and linters why.
     """
     if ENV_ID not in registry:
         # Passive checking and order enforcement stay on: an episode is one step, they cost little.

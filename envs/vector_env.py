@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
+from deepinsert.envs.rewards.table import Bonus, RewardTable
+
 from .insert_layer_env import check_prompt
 from .observations import LIMIT, check_observations
-from .rewards import Bonus, RewardTable
 from .skip_weights import SkipWeights
 
 

@@ -29,6 +29,6 @@ def small_backbone(request):
 @pytest.fixture(scope="session")
 def rendered_data(tmp_path_factory) -> Path:
     """`instructions.json` with its images beside it: a few dozen questions of every source."""
-    from deepinsert.envs.rendering import render_instructions
+    from deepinsert.envs.data.rendering import render_instructions
 
     return render_instructions(tmp_path_factory.mktemp("rendered"), images=24, seed=1)

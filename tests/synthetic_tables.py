@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 
 LAYERS = 8
 

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from deepinsert.envs.chat_text import text_part
-from deepinsert.envs.instructions import IMAGE_MARK
-from deepinsert.envs.media import open_image
+from deepinsert.envs.data.instructions import IMAGE_MARK
+from deepinsert.envs.data.media import open_image
 from deepinsert.envs.prompts import Prompt
 
 LONGEST = 1024

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepinsert.controller.metrics.exact_match import exact_match
-from deepinsert.controller.runs import replacing
-from deepinsert.envs.instructions import load_instructions
+from deepinsert.controller.metrics.rules.exact_match import exact_match
+from deepinsert.controller.runs.folder import replacing
+from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import prompts_from
 
 TASK = "instructions"

@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deepinsert.envs.media import DatasetError, check_image
+from deepinsert.envs.data.media import DatasetError, check_image
 from deepinsert.envs.prompts import EncodedImage, ImageRef
 
-from . import captions, gqa, instructions, multiple_choice, sounds, vqa, yes_no
 from .contract import Benchmark, Example, Score
+from .rules import caption_scores as captions
+from .rules import gqa_accuracy as gqa
+from .rules import instruction_accuracy as instructions
+from .rules import multiple_choice
+from .rules import sound_labels as sounds
+from .rules import vqa_accuracy as vqa
+from .rules import yes_no_accuracy as yes_no
 
 __all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "askable", "benchmark", "check_images", "questions"]
 

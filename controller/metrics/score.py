@@ -12,8 +12,8 @@ from deepinsert.controller.metrics.formats.records import Row, read_jsonl
 from deepinsert.controller.metrics.formats.vqa import bare_question
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import ScoreOptions
-from deepinsert.controller.runs import read_result, replacing, start_run, write_result
-from deepinsert.envs.media import DatasetError
+from deepinsert.controller.runs.folder import read_result, replacing, start_run, write_result
+from deepinsert.envs.data.media import DatasetError
 
 from .benchmark import benchmark, questions
 from .contract import Example, Score

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from deepinsert.envs.time_bonus import synchronise
+from deepinsert.envs.rewards.time_bonus import synchronise
 
 LEAST_SAVING = 0.02
 """Where the FLOPs allow less saving than this there is nothing to keep, and its share would be noise."""

@@ -20,10 +20,10 @@ import torch
 
 from deepinsert.backbones import CostModel, eq5_flops, load_backbone, remove_deep_insert
 from deepinsert.backbones.compat.transformers import attention_of
-from deepinsert.controller.answers import generation_inputs
+from deepinsert.controller.answers.batched import generation_inputs
 from deepinsert.controller.option_checks import BENCH_CASES, check, parse_cases, parse_layers
 from deepinsert.controller.options import BenchOptions
-from deepinsert.controller.runs import (
+from deepinsert.controller.runs.folder import (
     machine,
     progress_by_cost,
     read_result,
@@ -32,14 +32,14 @@ from deepinsert.controller.runs import (
     write_result,
 )
 
-from . import ideal
-from .batches import Batch, describe, make_batch, tokens_per_image
-from .cases import measure
+from . import ideal_ratios as ideal
 from .grids import PER_ROW, QUARTERS, Cell, full_grid, narrowed, quick_grid
-from .ideal import Setting
-from .models import BENCH_MODELS, build_bench_model
-from .pictures import figure12, saving_kept
-from .tables import terminal
+from .ideal_ratios import Setting
+from .measured_cases import measure
+from .performance_pictures import figure12, saving_kept
+from .performance_tables import terminal
+from .random_models import BENCH_MODELS, build_bench_model
+from .sample_batches import Batch, describe, make_batch, tokens_per_image
 
 OWN_CASES = ("prefill", "decode", "rows")  # of a user's backbone, where no case is named
 PASSES = {
@@ -165,9 +165,9 @@ def _own_plan(options: BenchOptions, device: str) -> tuple[list[Cell], Callable[
 
 def rendered_batch(backbone: Any, rows: int, seed: int) -> Batch:
     """Images that the project draws, with a question each, as the backbone's processor makes them inputs."""
-    from deepinsert.envs.instructions import load_instructions
+    from deepinsert.envs.data.instructions import load_instructions
+    from deepinsert.envs.data.rendering import render_instructions
     from deepinsert.envs.prompts import prompts_from
-    from deepinsert.envs.rendering import render_instructions
 
     with tempfile.TemporaryDirectory() as folder:
         path = render_instructions(Path(folder), rows, seed, questions_per_image=1)

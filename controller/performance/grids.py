@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .ideal import Setting
+from .ideal_ratios import Setting
 
 Depth = float | tuple[float, ...]
 """A share of the decoder layers, or one for each row."""

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepinsert.backbones import deep_insert, remove_deep_insert
 
-from .batches import Batch
-from .cases import forward_arguments
+from .measured_cases import forward_arguments
+from .sample_batches import Batch
 
 WAITING = ("aten::nonzero", "aten::equal", "aten::masked_select")
 """Operations whose result, or the size of whose result, the host must know."""
@@ -74,7 +74,7 @@ def _device(kwargs: Mapping[str, Any] | None) -> str | None:
 
 
 def _caller() -> str:
-    """The innermost line outside torch and this file, such as `backbones/rows.py:66`."""
+    """The innermost line outside torch and this file, such as `mechanism/rows.py:66`."""
     package = str(Path(torch.__file__).parent)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(package) and frame.filename != __file__:

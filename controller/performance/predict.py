@@ -12,14 +12,14 @@ import torch
 from transformers import AutoConfig
 
 from deepinsert.backbones import CostModel
-from deepinsert.backbones.encoder_costs import TiledEncoder
+from deepinsert.backbones.costs.encoder_costs import TiledEncoder
 from deepinsert.backbones.loading import TINY
-from deepinsert.backbones.roofline import Device, Prediction, device_named, predict
 from deepinsert.controller.option_checks import check, parse_layers
 from deepinsert.controller.options import PredictOptions
-from deepinsert.controller.runs import start_run, write_result
+from deepinsert.controller.runs.folder import start_run, write_result
 
-from .pictures import predicted_ratios
+from .performance_pictures import predicted_ratios
+from .roofline import Device, Prediction, device_named, predict
 
 
 def run(options: PredictOptions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deepinsert.controller.statistics import Interval
-from deepinsert.envs.rewards import Bonus, RewardTable
+from deepinsert.envs.rewards.table import Bonus, RewardTable
 
 from .baselines import best_fixed_column
 from .frontier import FrontierPoint, flops_ratios, known_correct, stock_loss

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from deepinsert.envs.rewards import Bonus, RewardTable
+    from deepinsert.envs.rewards.table import Bonus, RewardTable
 
     from .layer_policy import LayerPolicy
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from deepinsert.controller.runs import versions
+from deepinsert.controller.runs.folder import versions
 from deepinsert.envs.observations import Normaliser, Observation
-from deepinsert.envs.rewards import Bonus
+from deepinsert.envs.rewards.table import Bonus
 from deepinsert.envs.skip_weights import SkipWeights
 
 from .expectations import Expected, Training
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from deepinsert.backbones import Backbone
     from deepinsert.envs.prompts import Prompt
-    from deepinsert.envs.rewards import RewardTable
+    from deepinsert.envs.rewards.table import RewardTable
 
 __all__ = ["Expected", "LayerPolicy", "Network", "Recommendation", "Training", "prompt_flops_ratio"]
 

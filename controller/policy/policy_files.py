@@ -18,14 +18,14 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from deepinsert.controller.runs import replacing, write_json
+from deepinsert.controller.runs.folder import replacing, write_json
+from deepinsert.controller.runs.json_fields import Fields, parse_object
 from deepinsert.controller.statistics import Interval
 from deepinsert.envs.observations import Normaliser, Observation
 from deepinsert.envs.skip_weights import SkipWeights
 
 from .expectations import Training
 from .frontier import FrontierPoint
-from .json_fields import Fields, parse_object
 
 if TYPE_CHECKING:
     from .layer_policy import LayerPolicy

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from deepinsert.backbones import load_backbone
-from deepinsert.controller.data import image_prompts
 from deepinsert.controller.option_checks import check, flag
 from deepinsert.controller.options import RecommendOptions
-from deepinsert.controller.runs import read_config, read_result, start_run, write_result
-from deepinsert.envs.prompt_keys import prompt_keys
+from deepinsert.controller.prompt_selection import image_prompts
+from deepinsert.controller.runs.folder import read_config, read_result, start_run, write_result
 from deepinsert.envs.prompts import Prompt
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.keys import prompt_keys
+from deepinsert.envs.rewards.table import RewardTable
 
-from .data_advice import advise, per_prompt, policy_sentence
+from .advice import advise, per_prompt, policy_sentence
 from .layer_policy import LayerPolicy
-from .plots import plot_pareto, plot_recommendation
 from .policy_files import HELD_OUT
+from .policy_pictures import plot_pareto, plot_recommendation
 
 TABLE = "table"
 

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from deepinsert.backbones import Backbone, load_backbone
-from deepinsert.controller.data import read_data
+from deepinsert.controller.answers.greedy import judge
 from deepinsert.controller.option_checks import parse_layers, parse_shard
 from deepinsert.controller.options import SweepOptions
-from deepinsert.controller.runs import read_result, same_run, start_run, write_result
-from deepinsert.envs.known_rewards import columns_of, prompt_columns, take_over
-from deepinsert.envs.prompt_keys import shards_of
+from deepinsert.controller.prompt_selection import read_data
+from deepinsert.controller.runs.folder import read_result, same_run, start_run, write_result
 from deepinsert.envs.prompts import Prompt, prompts_from
-from deepinsert.envs.reward_files import RewardFiles
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.cells import columns_of, prompt_columns, take_over
+from deepinsert.envs.rewards.files import RewardFiles
+from deepinsert.envs.rewards.keys import shards_of
+from deepinsert.envs.rewards.table import RewardTable
 
-from .greedy_answers import judge
 from .sweep_figures import Measured, figures, plot, summary
 
 GROWING = ("insert_layers", "sources", "fraction", "accuracy", "agreement", "table")
@@ -39,7 +39,7 @@ GROWING = ("insert_layers", "sources", "fraction", "accuracy", "agreement", "tab
 def run(options: SweepOptions) -> dict[str, Any]:
     """Write `table/` (a `RewardTable`), `sweep.png` and `result.json`; return the result.
 
-    The table is a folder of Parquet shards (`envs.reward_files`), in `--out` or wherever `--table` says, so
+    The table is a folder of Parquet shards (`envs.rewards.files`), in `--out` or wherever `--table` says, so
     that several sweeps of one backbone may share it. A shard is written when it is done; a killed run
     computes the others when it is started again. The same `--out` with other layers, sources, a larger
     fraction or further figures computes what is not yet there; `result.json` and `sweep.png` are those of the

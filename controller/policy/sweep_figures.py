@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from deepinsert.controller.runs import save_figure
+from deepinsert.controller.runs.folder import save_figure
 from deepinsert.controller.statistics import Interval, mean_interval, paired_interval
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 
 
 @dataclass(frozen=True)

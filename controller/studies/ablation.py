@@ -16,18 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepinsert.backbones import load_backbone
+from deepinsert.controller.learning.train_policy import (
+    judge_policies,
+    reward_table,
+    split_prompts,
+    train_seeds,
+)
 from deepinsert.controller.option_checks import check, parse_observation
 from deepinsert.controller.options import TrainPolicyOptions
 from deepinsert.controller.policy.baselines import FEW_IMAGES
-from deepinsert.controller.policy.training import judge_policies, reward_table, split_prompts, train_seeds
-from deepinsert.controller.runs import read_result, replacing, start_run, write_json, write_result
+from deepinsert.controller.runs.folder import (
+    read_result,
+    replacing,
+    start_run,
+    write_json,
+    write_result,
+)
 from deepinsert.controller.statistics import paired_interval
 from deepinsert.envs.observations import Observation
 
 if TYPE_CHECKING:
     from deepinsert.backbones import Backbone
     from deepinsert.envs.prompts import Prompt
-    from deepinsert.envs.rewards import RewardTable
+    from deepinsert.envs.rewards.table import RewardTable
 
 SHARED = ("best_fixed", "layer_0", "uniform", "oracle")
 """Choices that no observation changes."""

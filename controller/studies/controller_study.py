@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 
 from deepinsert.backbones import load_backbone
-from deepinsert.controller.data import read_data
+from deepinsert.controller.evaluation.evaluate import run as run_evaluate
+from deepinsert.controller.evaluation.report import table as evaluate_table
+from deepinsert.controller.learning.train_policy import run as run_training
+from deepinsert.controller.learning.train_policy import split_prompts
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import (
     BackboneOptions,
@@ -31,9 +34,8 @@ from deepinsert.controller.policy.recommend import run as run_recommend
 from deepinsert.controller.policy.recommend import summary as recommend_summary
 from deepinsert.controller.policy.sweep import run as run_sweep
 from deepinsert.controller.policy.sweep import summary as sweep_summary
-from deepinsert.controller.policy.training import run as run_training
-from deepinsert.controller.policy.training import split_prompts
-from deepinsert.controller.runs import (
+from deepinsert.controller.prompt_selection import read_data
+from deepinsert.controller.runs.folder import (
     describe_machine,
     machine,
     read_result,
@@ -42,11 +44,9 @@ from deepinsert.controller.runs import (
     write_json,
     write_result,
 )
-from deepinsert.controller.variants.evaluate import run as run_evaluate
-from deepinsert.controller.variants.report import table as evaluate_table
 from deepinsert.envs.observations import Observation
 from deepinsert.envs.prompts import Prompt
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 
 from .ablation import ObservationAblationOptions
 from .ablation import run as run_ablation

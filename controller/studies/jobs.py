@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepinsert.controller.cli import COMMANDS, quieten
-from deepinsert.controller.runs import read_result, same_run
+from deepinsert.controller.runs.folder import read_result, same_run
 
 WATCH_SECONDS = 0.5
 

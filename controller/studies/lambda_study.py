@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from deepinsert.controller.learning.fitting import train_policy
 from deepinsert.controller.policy.baselines import NO_GAP, best_fixed_column
-from deepinsert.controller.policy.learning import train_policy
 from deepinsert.controller.statistics import Interval, paired_interval
-from deepinsert.envs.rewards import Bonus, RewardTable
+from deepinsert.envs.rewards.table import Bonus, RewardTable
 
 
 def study(

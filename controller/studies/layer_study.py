@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepinsert.backbones import load_backbone
-from deepinsert.controller.data import read_data
 from deepinsert.controller.option_checks import check, parse_layers, parse_skip_weight_list
 from deepinsert.controller.options import (
     BackboneOptions,
@@ -27,7 +26,8 @@ from deepinsert.controller.options import (
     TrainPolicyOptions,
 )
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.runs import (
+from deepinsert.controller.prompt_selection import read_data
+from deepinsert.controller.runs.folder import (
     machine,
     read_result,
     replacing,
@@ -36,9 +36,9 @@ from deepinsert.controller.runs import (
     write_json,
     write_result,
 )
-from deepinsert.envs.instructions import InstructionData, split_by_image
+from deepinsert.envs.data.instructions import InstructionData, split_by_image
 from deepinsert.envs.prompts import Prompt, prompts_from
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 
 from .jobs import play
 from .layer_study_page import page, plot

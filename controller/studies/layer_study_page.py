@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from deepinsert.controller.runs import describe_machine, save_figure
+from deepinsert.controller.runs.folder import describe_machine, save_figure
 
 NAMES = {
     "zero_shot": "before finetuning",

@@ -17,9 +17,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from deepinsert.envs.rendering import COLOURS, SHAPES, SIZE, SOURCES, WORDS, Scene, Side, draw_scene, render
+from deepinsert.envs.data.rendering import (
+    COLOURS,
+    SHAPES,
+    SIZE,
+    SOURCES,
+    WORDS,
+    Scene,
+    Side,
+    draw_scene,
+    render,
+)
 
-from .model import IMAGE_TOKENS, PATCH
+from .initial_model import IMAGE_TOKENS, PATCH
 from .muon import optimisers, update, warm_up_and_down
 
 GROUPS: dict[str, tuple[str, ...]] = {

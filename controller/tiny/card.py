@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepinsert.controller.runs import describe_machine, replacing
+from deepinsert.controller.runs.folder import describe_machine, replacing
 
 from .figures import TEXT_KINDS
 
@@ -23,7 +23,7 @@ digits and answers short English questions about them. It exists so that DeepIns
 taught on a laptop's CPU without any download. It knows nothing else of the world.
 
 ```python
-from backbones import load_backbone
+from deepinsert import load_backbone
 
 backbone = load_backbone("tiny")
 ```

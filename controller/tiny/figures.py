@@ -15,9 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from deepinsert.controller.runs import save_figure
-from deepinsert.envs.rendered_text import text_question
-from deepinsert.envs.rendering import KINDS, Question, Scene, Side, draw_scene, questions, render
+from deepinsert.controller.runs.folder import save_figure
+from deepinsert.envs.data.rendered_text import text_question
+from deepinsert.envs.data.rendering import KINDS, Question, Scene, Side, draw_scene, questions, render
 
 from .alignment import pixels
 from .packing import Pack, answer_scores, by_question, pack

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from deepinsert.backbones import insert_at
-from deepinsert.envs.rendering import Question
+from deepinsert.envs.data.rendering import Question
 
-from .model import END, IMAGE, IMAGE_TOKENS
+from .initial_model import END, IMAGE, IMAGE_TOKENS
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 """LLaVA's ending for questions with short answers; here on one question in twelve."""

@@ -21,14 +21,14 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from deepinsert.backbones import deep_insert, remove_deep_insert
 from deepinsert.backbones.compat.transformers import rename_as_published
-from deepinsert.controller.runs import machine, start_run, versions, write_json, write_result
-from deepinsert.envs.rendered_text import text_question
-from deepinsert.envs.rendering import KINDS, Question, draw_scene, questions, render
+from deepinsert.controller.runs.folder import machine, start_run, versions, write_json, write_result
+from deepinsert.envs.data.rendered_text import text_question
+from deepinsert.envs.data.rendering import KINDS, Question, draw_scene, questions, render
 
 from .alignment import align, pixels
 from .card import write_card
 from .figures import TEXT_KINDS, deepest_layers, draw_curves, judge
-from .model import build_model, build_processor
+from .initial_model import build_model, build_processor
 from .muon import optimisers, update
 from .packing import Pack, answer_scores, by_question, dialogues, pack
 

@@ -13,10 +13,11 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 from zoo import FAMILIES, PLACEHOLDER, TEXT, VISION, Family, logits_of, skip_here, skip_where_stock_differs
 from zoo.llava_like import square_images
 
+from deepinsert import UnsupportedCacheError
 from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at
-from deepinsert.backbones.cache import LayerKeys, UnsupportedCacheError, stored_keys
 from deepinsert.backbones.compat.transformers import QUANTISED, STATIC_COUNTS
-from deepinsert.backbones.mechanism import ATTRIBUTE
+from deepinsert.backbones.mechanism.cache import LayerKeys, stored_keys
+from deepinsert.backbones.mechanism.routing import ATTRIBUTE
 
 WINDOW = 6
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]

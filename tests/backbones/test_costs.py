@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from zoo.llava_like import square_images
 
 from deepinsert.backbones import UnsupportedModelError
-from deepinsert.backbones.costs import CostModel, eq5_flops
-from deepinsert.backbones.encoder_costs import flop_counter
-from deepinsert.backbones.insertion import deep_insert
+from deepinsert.backbones.costs.cost_model import CostModel, eq5_flops
+from deepinsert.backbones.costs.encoder_costs import flop_counter
+from deepinsert.backbones.mechanism.insertion import deep_insert
 
 
 def _mixtral():

@@ -9,7 +9,7 @@ import torch
 from zoo import FAMILIES, LAYERS, Family, logits_of
 
 from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at
-from deepinsert.backbones.costs import CostModel
+from deepinsert.backbones.costs.cost_model import CostModel
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 

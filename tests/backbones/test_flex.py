@@ -9,8 +9,8 @@ import torch
 from transformers import StaticCache
 from zoo import FAMILIES, logits_of, skip_here
 
+from deepinsert import UnsupportedCacheError
 from deepinsert.backbones import deep_insert, insert_at
-from deepinsert.backbones.cache import UnsupportedCacheError
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 

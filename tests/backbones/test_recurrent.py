@@ -6,8 +6,8 @@ import pytest
 import torch
 from zoo import FAMILIES, skip_here, skip_where_stock_differs, skipping_what_is_missing
 
+from deepinsert import UnsupportedCacheError
 from deepinsert.backbones import deep_insert, insert_at
-from deepinsert.backbones.cache import UnsupportedCacheError
 
 
 @pytest.fixture(scope="module")

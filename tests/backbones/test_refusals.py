@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from zoo import FAMILIES, LAYERS, TEXT, logits_of
 from zoo.liquid_like import lfm2_vl
 
+from deepinsert import UnsupportedCacheError
 from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at, set_insert_layer
-from deepinsert.backbones.cache import UnsupportedCacheError
 
 
 @pytest.fixture(scope="module")

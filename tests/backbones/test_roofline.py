@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaConfig, Qwen2_5_VLConfig
 
 from deepinsert.backbones import CostModel
-from deepinsert.backbones.roofline import DEVICES, Device, device_named, measure_cpu, predict
+from deepinsert.controller.performance.roofline import DEVICES, Device, device_named, measure_cpu, predict
 
 TEXT, IMAGE = 64, 576
 A100 = DEVICES["A100-40"]

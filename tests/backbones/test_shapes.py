@@ -19,8 +19,8 @@ from reference import reference_logits
 from transformers import DynamicCache
 from zoo import FAMILIES, Family, logits_of
 
+from deepinsert import UnsupportedCacheError
 from deepinsert.backbones import deep_insert, insert_at, insert_layer_of, set_insert_layer
-from deepinsert.backbones.cache import UnsupportedCacheError
 from deepinsert.backbones.families import find_stack
 
 pytestmark = pytest.mark.slow

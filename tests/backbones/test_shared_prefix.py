@@ -12,7 +12,7 @@ from zoo import FAMILIES, PLACEHOLDER, TEXT, Family, logits_of, skipping_what_is
 from zoo.llava_like import CLIP
 
 from deepinsert.backbones import deep_insert, insert_at
-from deepinsert.backbones.shared_prefix import Branches, CannotShareError, SharedPrefix
+from deepinsert.backbones.mechanism.shared_prefix import Branches, CannotShareError, SharedPrefix
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
@@ -187,7 +187,7 @@ def test_a_model_is_itself_again_also_after_an_error(shares):
 
 def test_the_work_is_what_the_count_allows():
     """Of a prefix with 576 features: N (N + 1) / 2 layers of it for all insert layers, whatever the texts."""
-    from deepinsert.controller.performance.models import IMAGE_TOKEN, build_bench_model
+    from deepinsert.controller.performance.random_models import IMAGE_TOKEN, build_bench_model
 
     model = deep_insert(build_bench_model("bench-tiny"))
     layers, patches = 4, 64

@@ -12,7 +12,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, LlavaForCondit
 
 from deepinsert.backbones.loading import TINY
 from deepinsert.controller.tiny.figures import TEXT_KINDS, judge
-from deepinsert.envs.rendering import COLOURS, SHAPES, WORDS, draw_scene, questions, render
+from deepinsert.envs.data.rendering import COLOURS, SHAPES, WORDS, draw_scene, questions, render
 
 FIGURES = json.loads((TINY / "figures.json").read_text())
 IMAGES = 120

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from deepinsert.controller.learning.train_policy import train_policy
 from deepinsert.controller.policy.expectations import Training
 from deepinsert.controller.policy.frontier import frontier
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.policy.training import train_policy
 from deepinsert.envs.observations import Normaliser, Observation
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
 
 LAYERS = 8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from deepinsert.backbones import Backbone
-from deepinsert.controller.answers import generate_answers, losses_and_flops
-from deepinsert.envs.instructions import load_instructions
+from deepinsert.controller.answers.batched import generate_answers, losses_and_flops
+from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import Prompt, prompts_from
 
 LAYERS = (0, 3, 8, 5)

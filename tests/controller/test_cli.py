@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from deepinsert.controller import cli
-from deepinsert.envs.rendering import render_instructions
+from deepinsert.envs.data.rendering import render_instructions
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -217,7 +217,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 def test_help_loads_neither_torch_nor_transformers(command):
     program = (
         "import sys\n"
-        "from controller import cli\n"
+        "from deepinsert.controller import cli\n"
         "try:\n"
         f"    cli.main({[*command, '--help']!r})\n"
         "except SystemExit as ended:\n"

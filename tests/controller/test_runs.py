@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepinsert.controller import runs
 from deepinsert.controller.options import RunOptions, SweepOptions
+from deepinsert.controller.runs import folder as runs
 
 
 def sweep_options(out: Path, **changes) -> SweepOptions:
@@ -92,7 +92,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     runs.write_json(tmp_path / "result.json", {"whole": True})
     program = (
         "import os, signal\n"
-        "from controller import runs\n"
+        "from deepinsert.controller.runs import folder as runs\n"
         f"with runs.replacing({str(tmp_path / 'result.json')!r}) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

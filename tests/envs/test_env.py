@@ -28,7 +28,7 @@ from deepinsert.envs import (
     prompt_embeddings,
     prompts_from,
 )
-from deepinsert.envs.prompt_keys import LEAST_GROUP
+from deepinsert.envs.rewards.keys import LEAST_GROUP
 
 ENV_ID = "DeepInsert/InsertLayer-v0"
 PROMPTS, LAYERS, WIDTH = 12, (0, 2, 4, 7), 6

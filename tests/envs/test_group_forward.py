@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from deepinsert.backbones import Backbone
-from deepinsert.envs.block_forward import BlockForward
-from deepinsert.envs.group_forward import GroupForward, GroupResult
-from deepinsert.envs.group_prompts import group_prompts
 from deepinsert.envs.prompts import Prompt, encode
+from deepinsert.envs.rewards.block_forward import BlockForward
+from deepinsert.envs.rewards.group_forward import GroupForward, GroupResult
+from deepinsert.envs.rewards.group_prompts import group_prompts
 
 QUESTIONS = {
     "What colour is it?": "red",
@@ -89,7 +89,7 @@ def test_tokens_and_judgements_are_those_of_each_prompt_alone(small_backbone, pr
 
 def test_greedy_is_what_generation_says(tiny_backbone, rendered_data):
     """Where every label is the most probable token, greedy decoding says the answer, and nowhere else."""
-    from deepinsert.envs.instructions import load_instructions
+    from deepinsert.envs.data.instructions import load_instructions
     from deepinsert.envs.prompts import prompts_from
 
     every = prompts_from(load_instructions(rendered_data))[:40]

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepinsert.envs.instructions import InstructionData, Record, Turn, load_instructions, split_by_image
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.instructions import InstructionData, Record, Turn, load_instructions, split_by_image
+from deepinsert.envs.data.media import DatasetError
 
 EASY_VQA = Path(__file__).parents[3] / "shared" / "data" / "easy_vqa" / "train.json"
 

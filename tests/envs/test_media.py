@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepinsert.envs.media import DatasetError, check_image, decode_image, normal_path, open_image
-from deepinsert.envs.prompt_keys import prompt_keys
+from deepinsert.envs.data.media import DatasetError, check_image, decode_image, normal_path, open_image
 from deepinsert.envs.prompts import EncodedImage, Prompt
+from deepinsert.envs.rewards.keys import prompt_keys
 
 
 @pytest.fixture

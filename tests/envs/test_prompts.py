@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 from small_processors import PROCESSORS, TINY, llava, qwen
 
-from deepinsert.envs.instructions import load_instructions
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.instructions import load_instructions
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import Prompt, answer_loss, encode, prompts_from, text_token_ids
 
 # What ends a turn, within a conversation and at its end.

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepinsert.envs.instructions import load_instructions
-from deepinsert.envs.rendering import (
+from deepinsert.envs.data.instructions import load_instructions
+from deepinsert.envs.data.rendering import (
     COLOURS,
     KINDS,
     PLACES,

@@ -21,8 +21,11 @@ import pytest
 import torch
 
 from deepinsert.backbones import load_backbone
-from deepinsert.envs import RewardTable, load_instructions, prompt_keys, prompts_from, reward_files, rewards
-from deepinsert.envs.reward_files import MANIFEST, RewardFiles
+from deepinsert.envs import RewardTable, load_instructions, prompts_from
+from deepinsert.envs.rewards import files as reward_files
+from deepinsert.envs.rewards import keys as prompt_keys
+from deepinsert.envs.rewards import table as rewards
+from deepinsert.envs.rewards.files import MANIFEST, RewardFiles
 
 LAYERS = (0, 3, 8)
 
@@ -347,9 +350,9 @@ def test_a_failed_write_leaves_nothing(table, folder, monkeypatch):
 WRITER = """
 import sys
 import numpy as np
-from envs import RewardTable
-from deepinsert.envs.reward_files import RewardFiles
-from deepinsert.envs.rewards import columns_of, prompt_columns
+from deepinsert import RewardTable
+from deepinsert.envs.rewards.files import RewardFiles
+from deepinsert.envs.rewards.table import columns_of, prompt_columns
 rng = np.random.default_rng(0)
 table = RewardTable.from_losses(rng.random((2000, 32)), range(32), 32)
 files = RewardFiles(sys.argv[1], table.origin)
@@ -370,7 +373,6 @@ def test_a_killed_writer_leaves_whole_files_alone(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)],
             stdout=subprocess.PIPE,
-            cwd=Path(rewards.__file__).parents[1],
         )
         assert process.stdout.readline() == b"ready\n"
         time.sleep(0.2 + 0.1 * seed)

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from deepinsert.backbones import CostModel, load_backbone
-from deepinsert.envs import Prompt, RewardTable, encode, load_instructions, prompt_keys, prompts_from, rewards
-from deepinsert.envs.group_forward import GroupForward
+from deepinsert.envs import Prompt, RewardTable, encode, load_instructions, prompts_from
 from deepinsert.envs.prompts import ImageRef
+from deepinsert.envs.rewards import keys as prompt_keys
+from deepinsert.envs.rewards import table as rewards
+from deepinsert.envs.rewards.group_forward import GroupForward
 
 LAYERS = (0, 3, 8)
 

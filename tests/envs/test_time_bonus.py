@@ -11,7 +11,7 @@ import pytest
 from deepinsert.backbones import Backbone
 from deepinsert.backbones.families import find_stack
 from deepinsert.envs import load_instructions, prompts_from
-from deepinsert.envs.time_bonus import measure_times
+from deepinsert.envs.rewards.time_bonus import measure_times
 
 PER_ROW = 3e-4
 

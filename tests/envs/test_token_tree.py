@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepinsert.envs.token_tree import packs, token_tree
+from deepinsert.envs.rewards.token_tree import packs, token_tree
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=8), min_size=1, max_size=12)
 

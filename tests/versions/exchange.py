@@ -18,9 +18,9 @@ import torch
 from deepinsert.backbones import load_backbone
 from deepinsert.controller import cli
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import encode, prompts_from
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 
 
 def write(data: Path, folder: Path) -> None:

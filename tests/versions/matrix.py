@@ -48,8 +48,8 @@ WAY = (
     "tests/envs/test_prompts.py",
     "tests/envs/test_rewards.py",
     "tests/controller/policy/test_sweep.py",
-    "tests/controller/variants/test_finetune.py",
-    "tests/controller/variants/test_evaluate.py",
+    "tests/controller/finetuning/test_finetune.py",
+    "tests/controller/evaluation/test_evaluate.py",
 )
 RESULTS, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 

@@ -14,11 +14,13 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from deepinsert.backbones import UntriedVersionError, deep_insert, mechanism
-from deepinsert.backbones.compat import self_check, versions
+from deepinsert.backbones import UntriedVersionError, deep_insert
+from deepinsert.backbones.compat import versions
 from deepinsert.backbones.compat.transformers import CACHE_ARGUMENTS
-from deepinsert.backbones.mechanism import ATTRIBUTE, Insertion
-from deepinsert.backbones.rows import Rows
+from deepinsert.backbones.mechanism import routing as mechanism
+from deepinsert.backbones.mechanism import self_check
+from deepinsert.backbones.mechanism.routing import ATTRIBUTE, Insertion
+from deepinsert.backbones.mechanism.rows import Rows
 
 
 @pytest.fixture
@@ -36,9 +38,9 @@ def fix_taken_out(monkeypatch):
     """As before the cache was known by its type: looked up by the name that other versions use."""
     named = inspect.signature(LlamaDecoderLayer.forward).parameters
     other = next(name for name in CACHE_ARGUMENTS if name not in named)
-    for module in ("mechanism", "grouping"):
+    for module in ("routing", "grouping"):
         monkeypatch.setattr(
-            f"deepinsert.backbones.{module}.cache_in", lambda fields: dict(fields or {}).get(other)
+            f"deepinsert.backbones.mechanism.{module}.cache_in", lambda fields: dict(fields or {}).get(other)
         )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import ImageRef
 
-from .asked import LETTER, LETTERS, ask, lettered, root_of, with_options
-from .encoded import from_struct
+from .encoded_images import from_struct
+from .question_prompts import LETTER, LETTERS, ask, lettered, root_of, with_options
 from .records import Row, parquet_files, read_parquet, read_record, read_text
 
 TEST_IDS = "ai2d_test_ids.csv"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.envs.instructions import load_instructions
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.instructions import load_instructions
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import ImageRef, prompts_from
 
-from .asked import ask, root_of
+from .question_prompts import ask, root_of
 from .records import by_key, read_record, read_table
 
 CAPTION = "Provide a one-sentence caption for the provided image."

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import ImageRef
 
-from .asked import SHORT_ANSWER, ask, root_of
+from .question_prompts import SHORT_ANSWER, ask, root_of
 from .records import Row, beside, by_key, read_jsonl, read_record
 
 

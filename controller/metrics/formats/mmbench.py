@@ -11,8 +11,8 @@ from pathlib import Path
 from deepinsert.controller.metrics.contract import Example
 from deepinsert.envs.prompts import EncodedImage
 
-from .asked import LETTER, LETTERS, ask, lettered, with_options
-from .encoded import from_base64
+from .encoded_images import from_base64
+from .question_prompts import LETTER, LETTERS, ask, lettered, with_options
 from .records import Row, by_key, read_table
 
 MILLION = 1_000_000

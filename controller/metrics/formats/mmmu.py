@@ -10,8 +10,8 @@ from deepinsert.controller.metrics.contract import Example
 from deepinsert.envs.chat_text import text_part
 from deepinsert.envs.prompts import Prompt
 
-from .asked import LETTER, SHORT_ANSWER, conversation, lettered
-from .encoded import from_struct
+from .encoded_images import from_struct
+from .question_prompts import LETTER, SHORT_ANSWER, conversation, lettered
 from .records import Row, parquet_files, read_parquet
 
 MARK = re.compile(r"<image (\d)>")

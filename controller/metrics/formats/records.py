@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 
 csv.field_size_limit(2**27)  # images travel in TSV cells as base64
 

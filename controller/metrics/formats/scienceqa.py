@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import ImageRef
 
-from .asked import LETTER, LETTERS, ask, lettered, root_of, with_options
+from .question_prompts import LETTER, LETTERS, ask, lettered, root_of, with_options
 from .records import Row, beside, json_rows, read_record
 
 SPLIT = "test"

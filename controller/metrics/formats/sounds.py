@@ -12,9 +12,9 @@ from io import StringIO
 from pathlib import Path
 
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 
-from .asked import ask
+from .question_prompts import ask
 from .records import Row, beside, not_empty, read_record, read_table, read_text
 
 QUESTION = "Write an audio caption describing the sound."

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import ImageRef
 
-from .asked import SHORT_ANSWER, ask, root_of
+from .question_prompts import SHORT_ANSWER, ask, root_of
 from .records import Row, beside, by_key, not_empty, read_jsonl, read_record
 
 TEXTVQA_FILES = ("TextVQA_0.5.1_val.json", "TextVQA_0.5_val.json")

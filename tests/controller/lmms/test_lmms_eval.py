@@ -20,14 +20,14 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
 
 from deepinsert.backbones import Backbone
-from deepinsert.controller.lmms.model import DeepInsertChat
+from deepinsert.controller.evaluation import evaluate
+from deepinsert.controller.lmms.lmms_model import DeepInsertChat
 from deepinsert.controller.lmms.plugin import MODEL, manifest
 from deepinsert.controller.lmms.questions import Wish, simple_prompt
 from deepinsert.controller.lmms.task import TASK, TaskOptions, write_task
 from deepinsert.controller.options import EvaluateOptions
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.variants import evaluate
-from deepinsert.envs.instructions import load_instructions
+from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import Prompt, encode, prompts_from
 
 LAYER = 5

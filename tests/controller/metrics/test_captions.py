@@ -6,8 +6,8 @@ import shutil
 import pytest
 from picture_files import save_image
 
-from deepinsert.controller.metrics import captions
 from deepinsert.controller.metrics.benchmark import benchmark, check_images
+from deepinsert.controller.metrics.rules import caption_scores as captions
 
 nltk = pytest.importorskip("nltk")
 pytest.importorskip("rouge_score")

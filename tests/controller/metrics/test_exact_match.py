@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepinsert.controller.metrics.exact_match import exact_match, normalise
+from deepinsert.controller.metrics.rules.exact_match import exact_match, normalise
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from picture_files import image_base64, image_bytes, save_image
 from pyarrow import parquet
 
 from deepinsert.controller.metrics.benchmark import benchmark, check_images, questions
-from deepinsert.controller.metrics.multiple_choice import (
+from deepinsert.controller.metrics.rules.multiple_choice import (
     ai2d_letter,
     mmbench_letter,
     mmmu_letter,
     scienceqa_letter,
 )
-from deepinsert.controller.metrics.open_answers import key_phrases, open_answer_is_right
-from deepinsert.envs.media import DatasetError
+from deepinsert.controller.metrics.rules.open_answers import key_phrases, open_answer_is_right
+from deepinsert.envs.data.media import DatasetError
 
 OPTIONS = {"A": "a red ball", "B": "dog", "C": "house"}
 

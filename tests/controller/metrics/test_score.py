@@ -8,7 +8,7 @@ from picture_files import image_base64, save_image
 from deepinsert.controller.metrics.benchmark import BENCHMARKS, benchmark
 from deepinsert.controller.metrics.score import read_answers, run
 from deepinsert.controller.options import ScoreOptions
-from deepinsert.envs.media import DatasetError
+from deepinsert.envs.data.media import DatasetError
 
 
 def write_rows(path, rows):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from deepinsert.controller.metrics.benchmark import BENCHMARKS, askable, benchmark
-from deepinsert.controller.metrics.embedders import similarities
-from deepinsert.controller.metrics.sounds import heard, label_text, mean_average_precision
-from deepinsert.envs.media import DatasetError
+from deepinsert.controller.metrics.rules.embedders import similarities
+from deepinsert.controller.metrics.rules.sound_labels import heard, label_text, mean_average_precision
+from deepinsert.envs.data.media import DatasetError
 
 
 def test_answers_and_labels_are_worded_alike():

@@ -9,8 +9,8 @@ from picture_files import save_image
 
 from deepinsert.controller.metrics.benchmark import benchmark, check_images
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.controller.metrics.vqa import agreement, textvqa_answer, vqa_answer
-from deepinsert.envs.media import DatasetError
+from deepinsert.controller.metrics.rules.vqa_accuracy import agreement, textvqa_answer, vqa_answer
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import Prompt
 
 

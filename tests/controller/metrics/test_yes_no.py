@@ -7,8 +7,8 @@ from picture_files import save_image
 
 from deepinsert.controller.metrics.benchmark import benchmark, check_images
 from deepinsert.controller.metrics.contract import Example
-from deepinsert.controller.metrics.yes_no import mme_answer, says_no
-from deepinsert.envs.media import DatasetError
+from deepinsert.controller.metrics.rules.yes_no_accuracy import mme_answer, says_no
+from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import Prompt
 
 

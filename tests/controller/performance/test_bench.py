@@ -16,23 +16,23 @@ import torch
 from torch.utils.flop_counter import sdpa_flop_count
 
 from deepinsert.backbones import CostModel, deep_insert, remove_deep_insert
-from deepinsert.backbones.encoder_costs import flop_counter
+from deepinsert.backbones.costs.encoder_costs import flop_counter
 from deepinsert.backbones.families import find_stack
 from deepinsert.controller import cli
+from deepinsert.controller.finetuning.recipe import make_trainable
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.performance import bench, ideal
+from deepinsert.controller.performance import ideal_ratios as ideal
 from deepinsert.controller.performance.arms import Samples, Spent, compare, saving_kept, take_turns
-from deepinsert.controller.performance.batches import make_batch, tokens_per_image
-from deepinsert.controller.performance.cases import measure
-from deepinsert.controller.performance.document import write_document
 from deepinsert.controller.performance.goals import verdict
 from deepinsert.controller.performance.grids import PER_ROW, Cell, full_grid, quick_grid
 from deepinsert.controller.performance.host_syncs import find_syncs
-from deepinsert.controller.performance.models import build_bench_model
-from deepinsert.controller.performance.published import PUBLISHED
-from deepinsert.controller.variants.recipe import make_trainable
+from deepinsert.controller.performance.measured_cases import measure
+from deepinsert.controller.performance.performance_page import write_document
+from deepinsert.controller.performance.published_configurations import PUBLISHED
+from deepinsert.controller.performance.random_models import build_bench_model
+from deepinsert.controller.performance.sample_batches import make_batch, tokens_per_image
 
-ROOT = Path(bench.__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = ("bench", "--backbone", "bench-tiny", "--batch-size", "2", "--repeats", "1")
 
 
@@ -270,7 +270,7 @@ def test_published_models_run_at_tiny_scale_and_tell_what_waits():
     batch = make_batch(model, [8], [1])
     stock, shallow, deep = (find_syncs(model, batch, layer) for layer in (None, 0, 8))
     assert shallow["operations"] == stock["operations"]
-    ours = [entry for entry in deep["operations"] if entry["line"].startswith("backbones/")]
+    ours = [entry for entry in deep["operations"] if entry["line"].startswith("mechanism/")]
     assert sum(entry["times"] for entry in ours) <= 1
 
 

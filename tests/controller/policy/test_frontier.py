@@ -8,7 +8,7 @@ import pytest
 
 from deepinsert.controller.policy.frontier import FrontierPoint, frontier, pareto
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from deepinsert.controller.metrics.exact_match import exact_match
-from deepinsert.controller.policy import greedy_answers
-from deepinsert.controller.policy.greedy_answers import answers_at_layer, judge, sure_answers
+from deepinsert.controller.answers import greedy as greedy_answers
+from deepinsert.controller.answers.greedy import answers_at_layer, judge, sure_answers
+from deepinsert.controller.metrics.rules.exact_match import exact_match
 from deepinsert.envs import RewardTable, load_instructions, prompts_from
 
 LAYERS = (0, 5, 8)

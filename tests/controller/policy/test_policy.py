@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepinsert.controller.policy.algorithms import ppo
+from deepinsert.controller.learning.algorithms import ppo
+from deepinsert.controller.learning.train_policy import train_policy
 from deepinsert.controller.policy.frontier import FrontierPoint
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.policy.training import train_policy
 from deepinsert.controller.statistics import Interval
 from deepinsert.envs.observations import Observation
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
 
 WIDTH = 12
@@ -95,7 +95,7 @@ def test_probabilities_and_actions_are_those_of_sb3(table, tmp_path, monkeypatch
     rewards, observations = table
     models = []
     monkeypatch.setattr(
-        "deepinsert.controller.policy.algorithms.ppo", lambda *args: models.append(ppo(*args)) or models[-1]
+        "deepinsert.controller.learning.algorithms.ppo", lambda *args: models.append(ppo(*args)) or models[-1]
     )
     train_policy(rewards, observations, steps=4096).save(tmp_path)
     loaded = LayerPolicy.load(tmp_path)

@@ -7,19 +7,19 @@ import shutil
 import numpy as np
 import pytest
 
-from deepinsert.controller.data import image_prompts
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import RecommendOptions, TrainPolicyOptions
-from deepinsert.controller.policy.data_advice import advise, nearest_candidate, policy_sentence
+from deepinsert.controller.policy.advice import advise, nearest_candidate, policy_sentence
 from deepinsert.controller.policy.frontier import frontier
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.policy.plots import plot_pareto
+from deepinsert.controller.policy.policy_pictures import plot_pareto
 from deepinsert.controller.policy.recommend import run, table_of
-from deepinsert.controller.runs import start_run
+from deepinsert.controller.prompt_selection import image_prompts
+from deepinsert.controller.runs.folder import start_run
 from deepinsert.controller.statistics import Interval
 from deepinsert.envs.observations import prompt_embeddings
-from deepinsert.envs.prompt_keys import prompt_keys
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.keys import prompt_keys
+from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
 
 LAYERS = (0, 1, 2, 3, 5)

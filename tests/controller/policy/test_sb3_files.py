@@ -20,7 +20,7 @@ from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.policy.sb3_files import read_network
 from deepinsert.envs.insert_layer_env import InsertLayerEnv
 from deepinsert.envs.observations import Normaliser
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.rewards.table import RewardTable
 
 LAYERS = (0, 2, 5)
 WIDTH = 6

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepinsert.backbones import CostModel
-from deepinsert.controller.metrics.exact_match import exact_match
+from deepinsert.controller.metrics.rules.exact_match import exact_match
 from deepinsert.controller.options import SweepOptions
 from deepinsert.controller.policy import sweep
 from deepinsert.envs import RewardTable, encode, load_instructions, prompts_from

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepinsert.controller import cli
 from deepinsert.controller.options import SweepOptions
 from deepinsert.controller.policy import sweep
 from deepinsert.envs import RewardTable
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -190,7 +189,7 @@ def test_other_batch_tokens_do_not_mix(options_for, whole, tmp_path):
 NURSERY = """
 import json, os, signal, sys
 import torch, transformers, matplotlib.pyplot, pyarrow.parquet
-from controller import cli
+from deepinsert.controller import cli
 from deepinsert.controller.policy import sweep
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:

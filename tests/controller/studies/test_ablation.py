@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deepinsert.controller.policy.training import split_prompts
+from deepinsert.controller.learning.train_policy import split_prompts
 from deepinsert.controller.studies import ablation
 from deepinsert.controller.studies.ablation import ObservationAblationOptions, chosen_observations, table_of
 from deepinsert.envs import Observation, RewardTable

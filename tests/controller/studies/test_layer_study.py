@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepinsert.controller.finetuning import finetune
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import LayerStudyOptions
-from deepinsert.controller.runs import read_result
+from deepinsert.controller.runs.folder import read_result
 from deepinsert.controller.studies import layer_study
-from deepinsert.controller.variants import finetune
-from deepinsert.envs.instructions import load_instructions
-from deepinsert.envs.rewards import RewardTable
+from deepinsert.envs.data.instructions import load_instructions
+from deepinsert.envs.rewards.table import RewardTable
 
 ROOT = Path(__file__).parents[3]
 LAYERS = [0, 3, 6]

@@ -13,7 +13,7 @@ from deepinsert.controller.tiny.alignment import GROUPS, describe_patches, pixel
 from deepinsert.controller.tiny.muon import orthogonalise
 from deepinsert.controller.tiny.packing import answer_scores, by_question, pack
 from deepinsert.controller.tiny.pretraining import ALL_KINDS, PretrainTinyOptions, draw_insert_layer, run
-from deepinsert.envs.rendering import draw_scene, questions, render
+from deepinsert.envs.data.rendering import draw_scene, questions, render
 
 
 @pytest.mark.parametrize("insert_layer", [0, 3, 8])

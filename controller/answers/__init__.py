@@ -1,0 +1,1 @@
+"""What a backbone answers to prompts, each at its own insert layer."""

@@ -1,0 +1,1 @@
+"""Variants beside the baseline: figures, measured times, tables and pictures."""

@@ -1,0 +1,1 @@
+"""Run folders: what a command writes to `--out`, whole or not at all."""

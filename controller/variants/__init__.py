@@ -1,1 +1,0 @@
-"""Making and judging variants: finetuning at a fixed insert layer, and evaluation beside the baseline."""

@@ -1,0 +1,135 @@
+"""A full or read-only disk ends a run with one clear line; the same command then ends in the same weights."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepinsert.controller.options import FinetuneOptions
+from deepinsert.controller.runs.storage import StorageError, naming_storage
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = Path(__file__).with_name("spoilt_disk.py")
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+# Trouble, moment and bytes left; the steps whose checkpoints are still there; where the next run goes on.
+CASES = [
+    ("full", "start", 0, [], "the start"),
+    ("full", "train-begin", 0, [], "the start"),  # the CSV
+    ("full", "train-begin", 4096, [], "the start"),  # TensorBoard's events, once the CSV has taken its block
+    ("full", "first-checkpoint", 100_000, [], "the start"),
+    ("full", "checkpoint", 300_000, [1], "step 1"),
+    ("full", "checkpoint", 0, [1], "step 1"),
+    ("full", "manifest", 0, [1], "step 1"),
+    ("full", "final-save", 5_000_000, [3, 2], "step 3"),
+    ("full", "cards", 0, [3, 2], "step 3"),
+    ("full", "result", 0, [3, 2], "step 3"),
+    ("read-only", "start", 0, [], "the start"),
+    ("read-only", "log", 0, [2, 1], "step 2"),
+    ("read-only", "checkpoint", 0, [1], "step 1"),
+    ("read-only", "final-save", 0, [3, 2], "step 3"),
+    ("read-only", "result", 0, [3, 2], "step 3"),
+]
+QUICK = [CASES[number] for number in (4, 11)]
+
+
+@pytest.fixture(scope="module")
+def options(small_run: FinetuneOptions) -> FinetuneOptions:
+    return replace(small_run, steps=3, save_every=1)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether an ordinary user may mount a disk in a namespace of its own here."""
+    try:
+        command = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def run_on_a_spoilt_disk(disk: Path, options: FinetuneOptions, cases: list[Any]) -> tuple[list[Any], str]:
+    if not can_mount(disk.parent):
+        pytest.skip("no mount namespaces for this user")
+    done = subprocess.run(
+        [*NAMESPACE, sys.executable, str(PROGRAM)],
+        input=pickle.dumps((torch.get_num_threads(), disk, options, cases)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines], done.stderr.decode()
+
+
+def check(disk: Path, options: FinetuneOptions, cases: list[Any]) -> None:
+    undisturbed = ("none", "start", 0)
+    found, stderr = run_on_a_spoilt_disk(disk, options, [undisturbed, *(case[:3] for case in cases)])
+    whole, *spoilt = found
+    assert whole["error"] is None and whole["result"]
+    for case, run in zip(cases, spoilt, strict=True):
+        trouble, moment, _, steps, continued = case
+        assert run["error"][0] == "StorageError", case
+        message = run["error"][1]
+        wrong = "the disk is full" if trouble == "full" else "it cannot be written (Read-only file system)"
+        assert message.startswith(f"{disk}/{trouble}-{moment}") and wrong in message, message
+        assert (
+            "\n" not in message and f"give the same command again: it continues from {continued}" in message
+        )
+        assert run["whole"] == steps and not run["result"], case
+        assert run["sum"] == whole["sum"] and run["curve"] == whole["curve"], case
+        assert not run["litter"], case
+    assert "Traceback" not in stderr
+
+
+def test_the_same_command_ends_in_the_same_weights(options: FinetuneOptions, tmp_path: Path) -> None:
+    check(tmp_path / "disk", options, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_at_every_moment(options: FinetuneOptions, tmp_path: Path, method: str) -> None:
+    check(tmp_path / "disk", replace(options, method=method), CASES)
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from deepinsert.controller.runs.storage import StorageError, naming_storage\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "folder, weights = Path(sys.argv[1]), torch.zeros(100_000)\n"
+        "for save in (torch.save, lambda value, path: save_file({'a': value}, path),\n"
+        "             lambda value, path: path.write_bytes(value.numpy().tobytes())):\n"
+        "    try:\n"
+        "        with naming_storage(folder, lambda: 'Raise it.'):\n"
+        "            save(weights, folder / 'weights')\n"
+        "    except StorageError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    line = f"{tmp_path}: a file could not be written whole (a limit on the size of files, as of ulimit -f?)."
+    assert done.stdout.splitlines() == [f"{line} Raise it."] * 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file", "data.json"),
+        RuntimeError("shapes"),
+        PermissionError(13, "", "/etc/x"),
+    ],
+)
+def test_other_errors_pass_as_they_are(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, naming_storage(tmp_path, lambda: ""):
+        raise error
+    assert raised.value is error and not isinstance(raised.value, StorageError)
