@@ -1,65 +1,22 @@
 """DeepInsert: learn at which decoder layer multimodal tokens should enter a multimodal language model.
 
-The rooms `deepinsert.backbones`, `deepinsert.envs` and `deepinsert.controller` lie in the folders of those
+The packages `deepinsert.backbones`, `deepinsert.envs` and `deepinsert.controller` lie in the folders of those
 names at the top of the repository. Importing this package registers `DeepInsert/InsertLayer-v0` with
-Gymnasium and loads no torch; a public name loads what it needs when it is first used.
+Gymnasium and loads no torch: a public name loads its package when it is first used.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .envs.registration import register_envs
 
-if TYPE_CHECKING:
-    from .backbones.costs.cost_model import CostModel
-    from .backbones.errors import UnsupportedCacheError, UnsupportedModelError, UntriedVersionError
-    from .backbones.loading import Backbone, load_backbone
-    from .backbones.mechanism.insertion import (
-        deep_insert,
-        insert_at,
-        insert_layer_of,
-        remove_deep_insert,
-        set_insert_layer,
-    )
-    from .controller.policy.layer_policy import LayerPolicy
-    from .envs.data.instructions import load_instructions
-    from .envs.data.media import DatasetError
-    from .envs.insert_layer_env import InsertLayerEnv
-    from .envs.prompts import Prompt, prompts_from
-    from .envs.rewards.table import RewardTable
-    from .envs.vector_env import InsertLayerVecEnv
-
-__all__ = [
-    "Backbone",
-    "CostModel",
-    "DatasetError",
-    "InsertLayerEnv",
-    "InsertLayerVecEnv",
-    "LayerPolicy",
-    "Prompt",
-    "RewardTable",
-    "UnsupportedCacheError",
-    "UnsupportedModelError",
-    "UntriedVersionError",
-    "__version__",
-    "deep_insert",
-    "insert_at",
-    "insert_layer_of",
-    "load_backbone",
-    "load_instructions",
-    "prompts_from",
-    "register_envs",
-    "remove_deep_insert",
-    "set_insert_layer",
-]
-
-_ROOM_OF = {
+_MODULE_OF = {
     "Backbone": "backbones",
     "CostModel": "backbones",
     "DatasetError": "envs",
     "InsertLayerEnv": "envs",
     "InsertLayerVecEnv": "envs",
-    "LayerPolicy": "deepinsert.controller.policy",
+    "LayerPolicy": "controller.policy",
     "Prompt": "envs",
     "RewardTable": "envs",
     "UnsupportedCacheError": "backbones",
@@ -75,17 +32,44 @@ _ROOM_OF = {
     "set_insert_layer": "backbones",
 }
 
+__all__ = ["__version__", "register_envs", *_MODULE_OF]
+
 register_envs()
 
+if TYPE_CHECKING:
+    # `as` marks a name as public for type checkers, which do not evaluate `__all__` above.
+    from .backbones import Backbone as Backbone
+    from .backbones import CostModel as CostModel
+    from .backbones import UnsupportedCacheError as UnsupportedCacheError
+    from .backbones import UnsupportedModelError as UnsupportedModelError
+    from .backbones import UntriedVersionError as UntriedVersionError
+    from .backbones import deep_insert as deep_insert
+    from .backbones import insert_at as insert_at
+    from .backbones import insert_layer_of as insert_layer_of
+    from .backbones import load_backbone as load_backbone
+    from .backbones import remove_deep_insert as remove_deep_insert
+    from .backbones import set_insert_layer as set_insert_layer
+    from .controller.policy import LayerPolicy as LayerPolicy
+    from .envs import DatasetError as DatasetError
+    from .envs import InsertLayerEnv as InsertLayerEnv
+    from .envs import InsertLayerVecEnv as InsertLayerVecEnv
+    from .envs import Prompt as Prompt
+    from .envs import RewardTable as RewardTable
+    from .envs import load_instructions as load_instructions
+    from .envs import prompts_from as prompts_from
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+    __version__: str
+else:
 
-        return version("deepinsert")
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+    def __getattr__(name):
+        """Load the package of a public name when the name is first used."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("deepinsert")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
