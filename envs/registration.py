@@ -1,4 +1,4 @@
-"""Makes the environment known to Gymnasium.
+"""Registers the environment with Gymnasium.
 
 The entry point is a string, so that registering imports neither torch nor stable-baselines3.
 """
@@ -9,10 +9,11 @@ ENV_ID = "DeepInsert/InsertLayer-v0"
 
 
 def register_envs() -> None:
-    """Register `DeepInsert/InsertLayer-v0`; doing so again changes nothing.
+    """Register `DeepInsert/InsertLayer-v0`; a second call changes nothing.
 
-    `import deepinsert` calls this; `gymnasium.register_envs(deepinsert)` tells readers and linters why.
+    `import deepinsert` calls this. `gymnasium.register_envs(deepinsert)` shows readers and linters why the
+    import is there.
     """
     if ENV_ID not in registry:
-        # Passive checking and order enforcement stay on: an episode is one step, they cost little.
+        # Gymnasium's passive checker and order enforcement stay on: an episode is one step, they cost little.
         register(id=ENV_ID, entry_point="deepinsert.envs.insert_layer_env:InsertLayerEnv")

@@ -1,1 +1,1 @@
-"""From the files that people have to checked records: instruction JSON, media, rendered pictures."""
+"""Reads users' data files into checked records: instruction JSON, media, and rendered pictures."""

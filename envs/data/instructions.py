@@ -1,6 +1,6 @@
-"""Instruction data in LLaVA's JSON, as records of questions and answers.
+"""Loads instruction data in LLaVA's JSON as records of questions and answers, and splits it by image.
 
-The files come from strangers: whatever they hold, loading ends in usable records or in a `DatasetError` that
+The files are not trusted: whatever they hold, loading ends in usable records or in a `DatasetError` that
 names file, record and field.
 """
 
@@ -17,6 +17,7 @@ from .llava_json import ROLES, Draft, read_drafts
 from .media import DatasetError, check_image
 
 IMAGE_MARK = "<image>"
+"""Text in a question that stands for the record's next image."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation, about the images it names (none, one or several)."""
+    """One conversation about no, one or several images."""
 
     id: str
     images: tuple[str, ...]
-    """Paths below the image root, in the order in which `<image>` marks stand for them."""
+    """Paths below the image root, in the order of the `<image>` marks."""
     turns: tuple[Turn, ...]
     source: str
     """First folder of the first image's path ("coco"), "." for an image in no folder, "text" for no image."""
@@ -42,13 +43,13 @@ class Record:
 
     @property
     def image_key(self) -> str:
-        """What `split_by_image` keeps together: the images' paths, one a line; the id where there is none."""
+        """Key by which `split_by_image` groups: the images' paths, one per line, or the id without images."""
         return "\n".join(self.images) or self.id
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that was left out, and why."""
+    """A record that was left out, the field at fault, and the reason."""
 
     id: str
     index: int
@@ -57,10 +58,14 @@ class Skipped:
 
 
 class InstructionData(Sequence[Record]):
-    """The records of a file that are used, in the file's order.
+    """The usable records of a data file, in the file's order.
 
-    `root` is the folder image paths are relative to, `skipped` lists what was left out, `notes` counts by
-    description what was mended ("leading gpt turn dropped").
+    Args:
+        records: The usable records.
+        root: Folder that image paths are relative to.
+        path: The data file.
+        skipped: The records that were left out.
+        notes: Number of repairs by description ("leading gpt turn dropped").
     """
 
     def __init__(
@@ -104,22 +109,29 @@ def load_instructions(
     seed: int = 0,
     max_bad: float = 0.005,
 ) -> InstructionData:
-    """Records of a LLaVA instruction file (a JSON list, or one object a line in `.jsonl`).
+    """Load the records of a LLaVA instruction file (a JSON list, or one object per line in `.jsonl`).
 
-    `image_root` defaults to the file's folder. `sources` keeps records by the first folder of their first
-    image ("coco", or a longer prefix "coco/train2017"), "text" those without one. `fraction` then keeps that
-    share of them, image by image with all records about it (the last image may be cut): chosen by `seed` and
-    content, so that neither the file's order nor other images matter, and 0.1 is part of 0.2.
+    `image` may be missing, null, a path or a list of paths. Each `<image>` in a question stands for the next
+    image. Without such marks, all images come before the first question; without images, the mark is plain
+    text. A leading gpt turn and a trailing human turn are dropped and counted in `notes`. A selected record
+    is left out and listed in `skipped` where an image is missing, broken or outside `image_root`, or where
+    turns do not alternate. Only the header of each image is read.
 
-    `image` may be missing, null, a path or a list of paths; `<image>` in a question stands for the next one
-    (all come before the first question where none is written; without images the mark is plain text). A
-    leading gpt turn and a trailing human turn are dropped and counted in `notes`. Kept records whose images
-    are missing, broken or outside `image_root`, or whose turns do not alternate, are left out and listed in
-    `skipped`; only the header of each image is read.
+    Args:
+        path: The instruction file.
+        image_root: Folder that image paths are relative to; by default the file's folder.
+        sources: Select records by the first folder of their first image ("coco", or a longer prefix such as
+            "coco/train2017"); "text" selects records without images.
+        fraction: Share of these records to select, in (0, 1]. Images are taken one by one with all their
+            records (the last image may be cut). The choice depends on `seed` and content alone, not on the
+            file's order or on other images, and the records of 0.1 are among those of 0.2.
+        seed: Seed of that choice.
+        max_bad: Largest share of the selected records that may be left out, in [0, 1].
 
-    Raises `DatasetError` when more than the share `max_bad` of the kept records is left out, when nothing is
-    left, when a source does not exist, and for every fault of structure; `ValueError` for a `fraction`
-    or `max_bad` out of range.
+    Raises:
+        DatasetError: More than `max_bad` of the records are left out, none remains, a source does not exist,
+            or the file's structure is faulty.
+        ValueError: `fraction` or `max_bad` is out of range.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -128,45 +140,59 @@ def load_instructions(
     if not 0 <= max_bad <= 1:
         raise ValueError(f"max_bad {max_bad!r} must be between 0 and 1")
     if not root.is_dir():
-        raise DatasetError(f"image root {str(root)!r} is not a folder; name it with --image-root")
+        raise DatasetError(f"image root {str(root)!r} is not a folder; set it with --image-root")
 
-    drafts = _of_sources(path, read_drafts(path), sources)
-    drafts = _fraction_of(drafts, fraction, seed)
+    drafts = _from_sources(path, read_drafts(path), sources)
+    drafts = _sample(drafts, fraction, seed)
 
     notes: Counter[str] = Counter()
     skipped: list[Skipped] = []
     records: list[Record] = []
-    checked: dict[str, str | None] = {}
+    faults: dict[str, str | None] = {}
     for draft in drafts:
-        record = _usable(draft, root, checked, notes)
+        record = _finish(draft, root, faults, notes)
         if isinstance(record, Record):
             records.append(record)
         else:
             skipped.append(record)
     _refuse_too_many(path, skipped, len(drafts), max_bad)
     if not records:
-        raise DatasetError(f"{path}: no record is left; check the file, --sources, --fraction and --max-bad")
+        raise DatasetError(f"{path}: no record remains; check the file, --sources, --fraction and --max-bad")
     return InstructionData(records, root, path, skipped, dict(notes))
 
 
 class HasImageKey(Protocol):
+    """A record or prompt whose images identify it in a split."""
+
     @property
-    def image_key(self) -> str: ...
+    def image_key(self) -> str:
+        """The images' paths, one per line, or an id without images."""
+        ...
 
 
 T = TypeVar("T", bound=HasImageKey)
 
 
+@overload
+def split_by_image(
+    items: InstructionData, held_out: float = 0.25, seed: int = 0
+) -> tuple[InstructionData, InstructionData]: ...
+@overload
 def split_by_image(
     items: Sequence[T], held_out: float = 0.25, seed: int = 0
-) -> tuple[Sequence[T], Sequence[T]]:
+) -> tuple[Sequence[T], Sequence[T]]: ...
+def split_by_image(
+    items: InstructionData | Sequence[T], held_out: float = 0.25, seed: int = 0
+) -> tuple[InstructionData, InstructionData] | tuple[Sequence[T], Sequence[T]]:
     """Divide records or prompts into (train, held out) so that no image is on both sides.
 
-    Items that share an image, directly or through others, stay together (`image_key`: one path a line; an
-    item without images goes by its id). About the share `held_out` of the items is held out, never more
-    than the share unless one group alone exceeds it; groups are drawn by `seed` whatever the order of
-    `items`. Both sides hold something where there are at least two groups and 0 < held_out < 1. An
-    `InstructionData` gives two `InstructionData`, anything else two lists in the order of `items`.
+    Items that share an image, directly or through other items, stay together. About the share `held_out` of
+    the items is held out, and never more unless a single group exceeds it. Groups are drawn by `seed`,
+    whatever the order of `items`. Neither side is empty where there are at least two groups and
+    0 < held_out < 1. An `InstructionData` gives two `InstructionData`; other sequences give two lists in the
+    order of `items`.
+
+    Raises `ValueError` for a `held_out` outside [0, 1].
     """
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out {held_out!r} must be between 0 and 1")
@@ -180,18 +206,21 @@ def split_by_image(
             chosen.update(members)
     if not chosen and target and len(groups) > 1:
         chosen.update(min(groups, key=lambda group: len(group[1]))[1])
-    train = [index for index in range(len(items)) if index not in chosen]
-    held = sorted(chosen)
+    train_indices = [index for index in range(len(items)) if index not in chosen]
+    held_out_indices = sorted(chosen)
     if isinstance(items, InstructionData):
-        return items.subset(train), items.subset(held)  # type: ignore[return-value]
-    return [items[index] for index in train], [items[index] for index in held]
+        return items.subset(train_indices), items.subset(held_out_indices)
+    return [items[index] for index in train_indices], [items[index] for index in held_out_indices]
 
 
 def _connected(items: Sequence[HasImageKey]) -> dict[str, list[int]]:
-    """Positions of the items of each connected component, by the component's smallest image path or id."""
+    """Group the positions of items that share images (union-find over image paths).
+
+    Each group's key is its smallest image path, or the id of an item without images.
+    """
     parent: dict[str, str] = {}
 
-    def find(key: str) -> str:
+    def root_of(key: str) -> str:
         while parent.setdefault(key, key) != key:
             parent[key] = parent[parent[key]]
             key = parent[key]
@@ -200,86 +229,95 @@ def _connected(items: Sequence[HasImageKey]) -> dict[str, list[int]]:
     keys = [item.image_key.split("\n") for item in items]
     for first, *others in keys:
         for other in others:
-            low, high = sorted((find(first), find(other)))
+            low, high = sorted((root_of(first), root_of(other)))
             parent[high] = low
     groups: dict[str, list[int]] = {}
     for index, (first, *_) in enumerate(keys):
-        groups.setdefault(find(first), []).append(index)
+        groups.setdefault(root_of(first), []).append(index)
     return groups
 
 
-def _of_sources(path: Path, drafts: list[Draft], sources: Sequence[str] | None) -> list[Draft]:
+def _from_sources(path: Path, drafts: list[Draft], sources: Sequence[str] | None) -> list[Draft]:
+    """The drafts of the named sources in the file's order; `DatasetError` for a source without any."""
     if sources is None:
         return drafts
-    kept: dict[int, Draft] = {}
+    selected: dict[int, Draft] = {}
     for source in sources:
         prefix = source.rstrip("/") + "/"
-        found = [
+        matches = [
             draft
             for draft in drafts
             if draft.source == source or (draft.images and draft.images[0].startswith(prefix))
         ]
-        if not found:
+        if not matches:
             counts = Counter(draft.source[:40] for draft in drafts)
-            there = ", ".join(f"{name} ({count})" for name, count in counts.most_common(20)) or "none"
-            raise DatasetError(f"{path}: no record of source {source!r}; the sources are: {there}")
-        kept.update((draft.index, draft) for draft in found)
-    return [kept[index] for index in sorted(kept)]
+            names = ", ".join(f"{name} ({count})" for name, count in counts.most_common(20)) or "none"
+            raise DatasetError(f"{path}: no record of source {source!r}; the sources are: {names}")
+        selected.update((draft.index, draft) for draft in matches)
+    return [selected[index] for index in sorted(selected)]
 
 
-def _fraction_of(drafts: list[Draft], fraction: float, seed: int) -> list[Draft]:
+def _sample(drafts: list[Draft], fraction: float, seed: int) -> list[Draft]:
+    """The share `fraction` of the drafts, drawn image by image by a seeded hash of content."""
     if fraction == 1 or not drafts:
         return drafts
     count = max(1, round(fraction * len(drafts)))
-    content = {draft.index: repr((draft.id, draft.images, draft.said)) for draft in drafts}
 
     def rank(draft: Draft) -> tuple[bytes, bytes, int]:
-        own = content[draft.index]
-        image = repr(draft.images) if draft.images else own
-        return _digest(seed, image), _digest(seed, own), draft.index
+        content = repr((draft.id, draft.images, draft.turns))
+        image = repr(draft.images) if draft.images else content
+        return _digest(seed, image), _digest(seed, content), draft.index
 
-    ranked = sorted(drafts, key=rank)
-    return sorted(ranked[:count], key=lambda draft: draft.index)
+    return sorted(sorted(drafts, key=rank)[:count], key=lambda draft: draft.index)
 
 
-def _usable(
-    draft: Draft, root: Path, checked: dict[str, str | None], notes: Counter[str]
-) -> Record | Skipped:
-    """The record, or why it has to be left out. `checked` remembers images' faults (None: in order)."""
-    said = draft.said
-    mended = []
-    if said and said[0][0] == "gpt":
-        said = said[1:]
-        mended.append("leading gpt turn dropped")
-    if said and said[-1][0] == "human":
-        said = said[:-1]
-        mended.append("trailing human turn dropped")
-    if any(role != ROLES[position % 2] for position, (role, _) in enumerate(said)):
+def _finish(draft: Draft, root: Path, faults: dict[str, str | None], notes: Counter[str]) -> Record | Skipped:
+    """The record of a draft, or the reason to leave it out.
+
+    `faults` caches the fault of each image (None for a usable one); `notes` counts repairs.
+    """
+    turns, repairs = _trim(draft.turns)
+    roles = tuple(role for role, _ in turns)
+    if roles != ROLES * (len(turns) // 2):
         return _skip(draft, "conversations", "human and gpt turns do not alternate")
-    if not said:
+    if not turns:
         return _skip(draft, "conversations", "no question with an answer")
-    turns = tuple(Turn(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2))
+    texts = [text for _, text in turns]
+    pairs = tuple(Turn(*pair) for pair in zip(texts[::2], texts[1::2], strict=True))
 
     if draft.images:
-        marks = sum(turn.question.count(IMAGE_MARK) for turn in turns)
+        marks = sum(pair.question.count(IMAGE_MARK) for pair in pairs)
         if marks == 0:
-            mended.append("images without an <image> mark put before the first question")
+            repairs.append("images without an <image> mark put before the first question")
         elif marks != len(draft.images):
             return _skip(draft, "image", f"{marks} {IMAGE_MARK} marks for {len(draft.images)} images")
     for image in draft.images:
-        if image not in checked:
-            checked[image] = _fault(root, image)
-        if (fault := checked[image]) is not None:
+        if image not in faults:
+            faults[image] = _image_fault(root, image)
+        if (fault := faults[image]) is not None:
             return _skip(draft, "image", fault)
-    notes.update(mended)
-    return Record(draft.id, draft.images, turns, draft.source, draft.index)
+    notes.update(repairs)
+    return Record(draft.id, draft.images, pairs, draft.source, draft.index)
+
+
+def _trim(turns: tuple[tuple[str, str], ...]) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """The turns from the first question to the last answer, and a note for each turn dropped."""
+    repairs = []
+    if turns and turns[0][0] == "gpt":
+        turns = turns[1:]
+        repairs.append("leading gpt turn dropped")
+    if turns and turns[-1][0] == "human":
+        turns = turns[:-1]
+        repairs.append("trailing human turn dropped")
+    return turns, repairs
 
 
 def _skip(draft: Draft, field: str, reason: str) -> Skipped:
     return Skipped(draft.id, draft.index, field, reason)
 
 
-def _fault(root: Path, image: str) -> str | None:
+def _image_fault(root: Path, image: str) -> str | None:
+    """The reason why an image cannot be used, or None."""
     try:
         check_image(root, image)
     except DatasetError as error:
@@ -288,6 +326,7 @@ def _fault(root: Path, image: str) -> str | None:
 
 
 def _refuse_too_many(path: Path, skipped: list[Skipped], total: int, max_bad: float) -> None:
+    """Raise `DatasetError` where more than the share `max_bad` of `total` records is left out."""
     if len(skipped) <= max_bad * total:
         return
     first = skipped[0]

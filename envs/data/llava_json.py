@@ -1,7 +1,7 @@
-"""LLaVA's instruction JSON, read and checked for structure only.
+"""Reads LLaVA's instruction JSON and checks its structure.
 
-Every fault is a `DatasetError` that names file, record and field; images and the order of turns are not
-looked at here.
+Every fault is a `DatasetError` that names file, record and field. Images and the order of turns are checked
+later, by `instructions.py`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ TEXT_SOURCE = "text"
 class Draft:
     """A record whose structure is right; its images and the order of its turns may still be unusable.
 
-    `images` holds paths in their normal spelling, those to be refused as written; `said` pairs of role and
-    words.
+    `images` holds paths in their normal spelling; a path that will be refused keeps its original spelling.
+    `turns` holds pairs of role and text.
     """
 
     id: str
     images: tuple[str, ...]
-    said: tuple[tuple[str, str], ...]
+    turns: tuple[tuple[str, str], ...]
     source: str
     index: int
 
 
 def read_drafts(path: Path) -> list[Draft]:
-    """The records of a JSON list, or of one JSON object a line where `path` ends in .jsonl or .ndjson.
+    """Read a JSON list of records, or one JSON object per line where `path` ends in .jsonl or .ndjson.
 
-    Raises `DatasetError` for whatever is not such a file.
+    Raises `DatasetError` for a file that is unreadable, is not such JSON, or holds a malformed record.
     """
     return [_draft(path, index, item) for index, item in enumerate(_read_items(path))]
 
@@ -55,81 +55,83 @@ def _read_items(path: Path) -> list[Any]:
     items = _parse(str(path), text)
     if not isinstance(items, list):
         raise DatasetError(
-            f"{path}: {_kind(items)} instead of a list of records; "
-            "LLaVA's format is one list (or one object a line in a file named .jsonl)"
+            f"{path}: the file holds {_kind(items)} instead of a list of records; "
+            "LLaVA's format is one list (or one object per line in a file named .jsonl)"
         )
     return items
 
 
-def _parse(where: str, text: str) -> Any:
+def _parse(location: str, text: str) -> Any:
+    """The JSON value in `text`; `location` (file, or file and line) stands for it in errors."""
+
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
     try:
         return json.loads(text, parse_constant=refuse)
     except RecursionError as error:
-        raise DatasetError(f"{where}: nested too deeply for instruction data") from error
+        raise DatasetError(f"{location}: nested too deeply for instruction data") from error
     except ValueError as error:
         raise DatasetError(
-            f"{where}: not JSON ({error}); is the file cut off, or of another format?"
+            f"{location}: not JSON ({error}); is the file truncated, or in another format?"
         ) from error
 
 
 class _Fault(Exception):
-    """What is wrong with a record's structure: field, problem."""
+    """A fault in a record's structure: its arguments are the field and the problem."""
 
 
 def _draft(path: Path, index: int, item: Any) -> Draft:
-    """Check a record's structure; nothing is read from the disk."""
-    name = ""
+    """Check the structure of one record; this reads nothing from the disk."""
+    id_note = ""
     try:
         if not isinstance(item, dict):
-            raise _Fault("record", f"a JSON object is wanted, not {_kind(item)}")
-        label = _label(item.get("id"), index)
-        name = f" (id {label!r})"
+            raise _Fault("record", f"expected a JSON object, not {_kind(item)}")
+        record_id = _record_id(item.get("id"), index)
+        id_note = f" (id {record_id!r})"
         images = _image_names(item.get("image"))
-        return Draft(label, images, _said(item.get("conversations")), _source_of(images), index)
+        return Draft(record_id, images, _turns(item.get("conversations")), _source_of(images), index)
     except _Fault as fault:
         field, problem = fault.args
-        raise DatasetError(f"{path}, record {index}{name}, field {field!r}: {problem}") from None
+        raise DatasetError(f"{path}, record {index}{id_note}, field {field!r}: {problem}") from None
 
 
-def _label(value: Any, index: int) -> str:
+def _record_id(value: Any, index: int) -> str:
     if value is None:
         return str(index)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _Fault("id", f"text or a whole number is wanted, not {_kind(value)}")
-    return _unicode(str(value), "id")
+        raise _Fault("id", f"expected text or a whole number, not {_kind(value)}")
+    return _valid_unicode(str(value), "id")
 
 
 def _image_names(value: Any) -> tuple[str, ...]:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _Fault("image", "a path or a list of paths is wanted")
-    return tuple(map(_without_dots, names))
+        raise _Fault("image", "expected a path or a list of paths")
+    return tuple(map(_normal_spelling, names))
 
 
-def _said(value: Any) -> tuple[tuple[str, str], ...]:
+def _turns(value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
-        raise _Fault("conversations", f"a list of turns is wanted, not {_kind(value)}")
-    said = []
+        raise _Fault("conversations", f"expected a list of turns, not {_kind(value)}")
+    turns = []
     for position, turn in enumerate(value):
+        field = f"conversations[{position}]"
         if not isinstance(turn, dict):
-            problem = f'{{"from": ..., "value": ...}} is wanted, not {_kind(turn)}'
-            raise _Fault(f"conversations[{position}]", problem)
-        role, words = turn.get("from"), turn.get("value")
+            raise _Fault(field, f'expected {{"from": ..., "value": ...}}, not {_kind(turn)}')
+        role, text = turn.get("from"), turn.get("value")
         if role not in ROLES:
-            shown = repr(role[:40]) if isinstance(role, str) else _kind(role)
-            raise _Fault(f"conversations[{position}].from", f'"human" or "gpt" is wanted, not {shown}')
-        if not isinstance(words, str):
-            raise _Fault(f"conversations[{position}].value", f"text is wanted, not {_kind(words)}")
-        if not words.isascii():
-            _unicode(words, f"conversations[{position}].value")
-        said.append((role, words))
-    return tuple(said)
+            label = repr(role[:40]) if isinstance(role, str) else _kind(role)
+            raise _Fault(f"{field}.from", f'expected "human" or "gpt", not {label}')
+        if not isinstance(text, str):
+            raise _Fault(f"{field}.value", f"expected text, not {_kind(text)}")
+        if not text.isascii():
+            _valid_unicode(text, f"{field}.value")
+        turns.append((role, text))
+    return tuple(turns)
 
 
-def _unicode(text: str, field: str) -> str:
+def _valid_unicode(text: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -137,8 +139,8 @@ def _unicode(text: str, field: str) -> str:
     return text
 
 
-def _without_dots(image: str) -> str:
-    """One spelling for one good path; a path that is refused later stays as it is, to be shown."""
+def _normal_spelling(image: str) -> str:
+    """The normal spelling of a valid path; an invalid path stays as it is, since a later error quotes it."""
     try:
         return normal_path(image)
     except DatasetError:

@@ -1,7 +1,7 @@
-"""Opening images that a data file names, without trusting that file.
+"""Opens the images that a data file names, without trusting that file.
 
-A name reaches the disk only after it is shown to lie below the image root; a file reaches a decoder only
-after its kind, its size in bytes and its size in pixels are known.
+A path is opened only after a check that it lies below the image root. A file reaches a decoder only after a
+check of its type, its size in bytes and its size in pixels.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 89_478_485
 """Largest image, in pixels: Pillow's own warning level (a quarter of a gigabyte in RGB)."""
 
-# Others are refused: EPS starts Ghostscript, and rare decoders are where the holes are.
+# Other formats are refused: EPS starts Ghostscript, and rare decoders have most of the security bugs.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 _MAX_NAME = 1024
-_UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
-_NO_BLOCK = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
-# EXIF orientation to what undoes it.
+# The transposition that undoes each EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,96 +45,123 @@ _UPRIGHT = {
 
 
 class DatasetError(ValueError):
-    """The data cannot be used; the message names file, record and field, and says what to do."""
+    """The data cannot be used: the message names file, record and field, and the remedy."""
 
 
 def normal_path(relative: str) -> str:
-    """The one spelling of an image path: components joined by "/", without "." and empty ones.
+    """Normalise an image path: components joined by "/", without "." and empty ones.
 
-    Raises `DatasetError` for everything that is not a plain path below the image root: absolute paths, "..",
-    URLs, data: URIs, base64, backslashes, control characters. Nothing is read from the disk.
+    This reads nothing from the disk. Raises `DatasetError` for everything that is not a plain path below the
+    image root: absolute paths, "..", URLs, data: URIs, base64, backslashes, control characters.
     """
-    shown = repr(relative if len(relative) <= 80 else relative[:77] + "...")
+    label = repr(relative if len(relative) <= 80 else relative[:77] + "...")
     if len(relative) > _MAX_NAME:
         raise DatasetError(
-            f"image {shown} is {len(relative)} characters long: give a file's path, not its bytes"
+            f"image {label} is {len(relative)} characters long: give the path of a file, not its bytes"
         )
-    if _UNWANTED.search(relative):
-        raise DatasetError(f"image {shown} holds a control character or broken Unicode")
+    if _CONTROL.search(relative):
+        raise DatasetError(f"image {label} holds a control character or broken Unicode")
     if "\\" in relative:
-        raise DatasetError(f"image {shown} holds a backslash: write paths with /")
+        raise DatasetError(f"image {label} holds a backslash: write paths with /")
     if _SCHEME.match(relative):
-        raise DatasetError(f"image {shown} is a URL or a drive, not a path below the image root")
+        raise DatasetError(f"image {label} is a URL or a drive, not a path below the image root")
     if relative.startswith("/"):
-        raise DatasetError(f"image {shown} is absolute: give a path relative to the image root")
+        raise DatasetError(f"image {label} is absolute: give a path relative to the image root")
     parts = [part for part in relative.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise DatasetError(f"image {shown} climbs with '..': give a path below the image root")
+        raise DatasetError(f"image {label} climbs with '..': give a path below the image root")
     if not parts:
-        raise DatasetError(f"image {shown} is empty")
+        raise DatasetError(f"image {label} is empty")
     return "/".join(parts)
 
 
 def check_image(
     root: Path, relative: str, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> None:
-    """Cheap check that `relative` names an image below `root`: it exists, is small enough, its header opens.
+    """Check cheaply that `root`/`relative` is a small enough image with a readable header.
 
-    Pixels are not decoded, so a truncated file passes here and fails in `open_image`. Raises `DatasetError`.
+    Pixels are not decoded, so a truncated file passes here and fails in `open_image`.
+
+    Args:
+        root: The image root.
+        relative: Path of the image below `root`.
+        max_bytes: Largest file, in bytes.
+        max_pixels: Largest image, in pixels.
+
+    Raises:
+        DatasetError: The image fails the check.
     """
-    with _opened(root, relative, max_bytes, max_pixels):
+    with _open_header(root, relative, max_bytes, max_pixels):
         pass
 
 
 def open_image(
     root: Path, relative: str, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """The image at `root`/`relative`, decoded, upright by its EXIF orientation, in RGB.
+    """Decode the image at `root`/`relative` to RGB, upright by its EXIF orientation.
 
-    Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, animations give their first frame.
-    Raises `DatasetError` where `relative` leads out of `root` (also through a link), is no regular file,
-    has more than `max_bytes` bytes or `max_pixels` pixels, or cannot be decoded whole.
+    Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, and animations give their first
+    frame.
+
+    Args:
+        root: The image root.
+        relative: Path of the image below `root`.
+        max_bytes: Largest file, in bytes.
+        max_pixels: Largest image, in pixels.
+
+    Raises:
+        DatasetError: `relative` leads out of `root` (also through a link), is no regular file, is larger than
+            allowed, or cannot be decoded completely.
     """
-    with _opened(root, relative, max_bytes, max_pixels) as image:
-        return _decoded(image, relative)
+    with _open_header(root, relative, max_bytes, max_pixels) as image:
+        return _decode(image, relative)
 
 
 def decode_image(
     data: bytes, name: str, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """The image whose file's bytes are `data`, as `open_image` gives it and within the same limits.
+    """Decode an image file's content to RGB, in the same way and within the same limits as `open_image`.
 
-    `name` stands for it in errors. Raises `DatasetError`.
+    Args:
+        data: Content of the image file.
+        name: Name of the image in errors.
+        max_bytes: Largest file, in bytes.
+        max_pixels: Largest image, in pixels.
+
+    Raises:
+        DatasetError: The image is larger than allowed or cannot be decoded completely.
     """
-    with _header(BytesIO(data), len(data), name, max_bytes, max_pixels) as image:
-        return _decoded(image, name)
+    with _read_header(BytesIO(data), len(data), name, max_bytes, max_pixels) as image:
+        return _decode(image, name)
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         return _to_rgb(_upright(image))
-    except Exception as error:  # Decoders raise anything on broken bytes.
+    except Exception as error:  # Decoders raise exceptions of any kind on broken bytes.
         raise DatasetError(f"image {name!r} is broken: {_reason(error)}") from error
 
 
 @contextmanager
-def _opened(root: Path, relative: str, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and its size checked, not decoded yet."""
+def _open_header(root: Path, relative: str, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
+    """Open the image below `root`, read its header and check its size, without decoding it."""
     with _open_below(root, relative) as file:
         size = os.fstat(file.fileno()).st_size
-        with _header(file, size, relative, max_bytes, max_pixels) as image:
+        with _read_header(file, size, relative, max_bytes, max_pixels) as image:
             yield image
 
 
 @contextmanager
-def _header(file: BinaryIO, size: int, name: str, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
-    """The image that `file` of `size` bytes holds, its header read and its limits checked."""
+def _read_header(
+    file: BinaryIO, size: int, name: str, max_bytes: int, max_pixels: int
+) -> Iterator[Image.Image]:
+    """Read the header of the image in `file` (`size` bytes) and check its size, without decoding it."""
     if size > max_bytes:
         raise DatasetError(f"image {name!r} has {size:,} bytes, more than the {max_bytes:,} allowed")
     try:
         with warnings.catch_warnings():
-            # Pillow's warning comes at a fixed size; the limit that counts is checked below.
+            # Pillow warns at a fixed number of pixels; `max_pixels` is checked below instead.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
     except Exception as error:
@@ -153,11 +180,11 @@ def _header(file: BinaryIO, size: int, name: str, max_bytes: int, max_pixels: in
 
 
 def _open_below(root: Path, relative: str) -> BinaryIO:
-    """`root`/`relative` open for reading, when it is a regular file that lies below `root`.
+    """Open `root`/`relative` for reading where it is a regular file below `root`.
 
-    Links are resolved first and must stay below `root`; then every component is opened without following
-    links, so that a file swapped for a link in between is refused too. Nothing but folders and regular files
-    is ever opened, since opening a FIFO blocks and opening a device may act.
+    Links are resolved first and must stay below `root`. Then every component is opened without following
+    links, so that a file swapped for a link in between is refused, too. Only folders and regular files are
+    opened, since opening a FIFO blocks and opening a device may have effects.
     """
     relative = normal_path(relative)
     try:
@@ -169,11 +196,11 @@ def _open_below(root: Path, relative: str) -> BinaryIO:
         folder = os.open(real_root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         try:
             for part in folders:
-                inner = os.open(part, _NO_BLOCK | os.O_DIRECTORY, dir_fd=folder)
+                inner = os.open(part, _OPEN_FLAGS | os.O_DIRECTORY, dir_fd=folder)
                 os.close(folder)
                 folder = inner
             _refuse_irregular(os.stat(name, dir_fd=folder, follow_symlinks=False), relative)
-            handle = os.open(name, _NO_BLOCK, dir_fd=folder)
+            handle = os.open(name, _OPEN_FLAGS, dir_fd=folder)
         finally:
             os.close(folder)
         try:
@@ -183,8 +210,8 @@ def _open_below(root: Path, relative: str) -> BinaryIO:
             os.close(handle)
             raise
     except OSError as error:
-        why = error.strerror or _reason(error)
-        raise DatasetError(f"image {relative!r} below {str(root)!r}: {why}") from error
+        reason = error.strerror or _reason(error)
+        raise DatasetError(f"image {relative!r} below {str(root)!r}: {reason}") from error
 
 
 def _refuse_irregular(status: os.stat_result, relative: str) -> None:
@@ -193,18 +220,19 @@ def _refuse_irregular(status: os.stat_result, relative: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """The image with its EXIF orientation undone."""
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:
-        orientation = 1  # Broken EXIF does not make the pixels less usable.
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        orientation = 1  # The pixels are usable despite broken EXIF data.
+    transposition = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image in any mode but "F"; the result shares nothing with the file."""
+    """Convert an image in any mode but "F" to 8-bit RGB; the result does not refer to the file."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # `convert` would clip 16-bit values to white instead of scaling them.
+        # `convert` would clip 16-bit values to white instead of scaling them to 8 bits.
         grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""Questions without an image for the rendered instructions: sums, opposites, colours of well-known things."""
+"""Generates the rendered questions without an image: sums, opposites, colours of well-known objects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOURS_OF_THINGS = {
 
 
 def text_question(rng: random.Random) -> tuple[str, str, str]:
-    """A question without an image: its kind, its text, its answer."""
+    """Draw a question without an image: its kind, its text and its answer."""
     kind = rng.choice(("sum", "opposite", "thing"))
     if kind == "sum":
         one, other = rng.randint(0, 9), rng.randint(0, 9)

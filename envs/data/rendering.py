@@ -1,8 +1,8 @@
-"""Images and questions that the project renders itself, in LLaVA's instruction JSON.
+"""Renders images with questions, in LLaVA's instruction JSON.
 
-Real enough to train and judge the tiny backbone without any download: coloured shapes (`coco/`), written
-words and handwritten digits (`textvqa/`), several shapes and how they lie (`gqa/`), and questions without
-an image. What is drawn is decided first (`Scene`), so every question has a certain answer.
+The data trains and evaluates the tiny backbone without any download: coloured shapes (`coco/`), written words
+and handwritten digits (`textvqa/`), several shapes and their relations (`gqa/`), and questions without an
+image. A `Scene` lists all objects before anything is drawn, so every question has a certain answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .rendered_text import text_question
 
 SIZE = 64
-"""Side of an image in pixels; a quarter of it (32 x 32 pixels) holds at most one shape."""
+"""Side of an image in pixels; each quarter (32 x 32 pixels) holds at most one shape."""
 
 COLOURS = {
     "red": (250, 10, 10),
@@ -46,16 +46,20 @@ KINDS = {
     "textvqa": ("word", "digit", "place"),
     "gqa": ("count", "exist", "place", "relation"),
 }
-"""Kinds of questions asked about the pictures of each source."""
+"""Kinds of questions about the pictures of each source."""
 SOURCES = tuple(KINDS)
 
 Side = Literal["train", "held_out"]
 
 
+# `side_of` hashes a scene's repr: names of `Item`, `Scene` and their fields are part of the split.
 @dataclass(frozen=True)
 class Item:
-    """One thing in the picture. `what` is a shape, a word of WORDS or a digit; `box` is (left, top, right,
-    bottom) in pixels; `place` indexes PLACES; `sample` is the row of scikit-learn's digits, else -1."""
+    """One object in a picture.
+
+    `what` is a shape, a word of WORDS or a digit; `box` is (left, top, right, bottom) in pixels; `place`
+    indexes PLACES; `sample` is the row of scikit-learn's digits, and -1 for other objects.
+    """
 
     what: str
     colour: str
@@ -68,6 +72,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
+    """All that a picture shows: its source, its RGB background and its objects."""
+
     source: str
     background: tuple[int, int, int]
     items: tuple[Item, ...]
@@ -75,19 +81,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a scene, its kind and its answer."""
+
     kind: str
     text: str
     answer: str
 
 
 def side_of(scene: Scene) -> Side:
-    """The side of the split a scene belongs to, by a hash of all that is drawn: a fifth is held out."""
+    """The scene's side of the split, by a hash of all objects in it; a fifth of scenes is held out."""
     return "held_out" if hashlib.sha256(repr(scene).encode()).digest()[0] % 5 == 0 else "train"
 
 
 def draw_scene(source: str, rng: random.Random, side: Side) -> Scene:
-    """A scene of this source on this side of the split. Held-out digits were written on other sheets too:
-    the samples of the two sides are disjoint."""
+    """Draw a scene of this source and side of the split.
+
+    The samples of handwritten digits are disjoint between the two sides, too.
+    """
     compose = {"coco": _compose_coco, "textvqa": _compose_textvqa, "gqa": _compose_gqa}[source]
     while True:
         background = (rng.randint(215, 255), rng.randint(215, 255), rng.randint(215, 255))
@@ -97,17 +107,19 @@ def draw_scene(source: str, rng: random.Random, side: Side) -> Scene:
 
 
 def _compose_coco(rng: random.Random, side: Side) -> tuple[Item, ...]:
+    """One or two different shapes."""
     count = rng.choice((1, 1, 2))
     return _shapes(rng, count, rng.sample(SHAPES, count))
 
 
 def _compose_gqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
+    """One to four shapes."""
     count = rng.choice((1, 2, 2, 3, 4))
     return _shapes(rng, count, rng.choices(SHAPES, k=count))
 
 
 def _shapes(rng: random.Random, count: int, shapes: list[str]) -> tuple[Item, ...]:
-    """Shapes in different quarters of the image, no two of one colour, in reading order."""
+    """Shapes of different colours in different quarters of the image, in reading order."""
     places = sorted(rng.sample(range(4), count))
     colours = rng.sample(sorted(COLOURS), count)
     items = []
@@ -121,7 +133,7 @@ def _shapes(rng: random.Random, count: int, shapes: list[str]) -> tuple[Item, ..
 def _item(
     rng: random.Random, what: str, colour: str, size: str, place: int, side: int, sample: int = -1
 ) -> Item:
-    """An item `side` pixels wide and high, anywhere inside its quarter of the image."""
+    """A square object of `side` pixels at a random position inside its quarter of the image."""
     left = place % 2 * 32 + rng.randint(1, 31 - side)
     top = place // 2 * 32 + rng.randint(1, 31 - side)
     red, green, blue = (min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[colour])
@@ -129,7 +141,7 @@ def _item(
 
 
 def _compose_textvqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
-    """A written word across one half of the image and a handwritten digit in a quarter of the other."""
+    """A written word in the upper or lower half of the image, and a handwritten digit in the other half."""
     dark = ("red", "blue", "teal", "black", "brown")
     sample = rng.choice(_digit_samples(side))
     digit_place = rng.randrange(4)
@@ -155,11 +167,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _digit_samples(side: Side) -> tuple[int, ...]:
+    """Rows of scikit-learn's digits that belong to one side of the split."""
     return tuple(i for i in range(len(_digits()[1])) if (i % 5 == 0) == (side == "held_out"))
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: 64 x 64 pixels, RGB. Equal scenes give equal pixels."""
+    """Draw a scene as an RGB image of 64 x 64 pixels; equal scenes give equal pixels."""
     image = Image.new("RGB", (SIZE, SIZE), scene.background)
     draw = ImageDraw.Draw(image)
     for item in scene.items:
@@ -186,15 +199,16 @@ def render(scene: Scene) -> Image.Image:
 
 
 def questions(scene: Scene, rng: random.Random, kinds: Collection[str] = ()) -> list[Question]:
-    """Questions with certain answers about a scene, in random order; by default of its source's `kinds`."""
+    """Questions about a scene in random order, of the given `kinds` or by default those of its source."""
     kinds = kinds or KINDS[scene.source]
-    ask = _ask_text if scene.source == "textvqa" else _ask_shapes
-    asked = [question for question in dict.fromkeys(ask(scene.items, rng)) if question.kind in kinds]
-    rng.shuffle(asked)
-    return asked
+    generate = _text_questions if scene.source == "textvqa" else _shape_questions
+    selected = [question for question in dict.fromkeys(generate(scene.items, rng)) if question.kind in kinds]
+    rng.shuffle(selected)
+    return selected
 
 
-def _ask_text(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+def _text_questions(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    """Questions about the written word and the handwritten digit."""
     word, digit = items
     for form in ("What word is written?", "What does the sign say?"):
         yield Question("word", form, word.what)
@@ -203,16 +217,22 @@ def _ask_text(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]
     yield Question("place", "Where is the digit?", PLACES[digit.place])
 
 
-def _ask_shapes(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+def _shape_questions(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    """Questions about number, attributes, existence and relations of shapes."""
     yield Question("count", "How many shapes are there?", str(len(items)))
     shape = rng.choice((rng.choice(items).what, rng.choice(SHAPES)))
-    yield Question("count", f"How many {plural(shape)} are there?", str(sum(i.what == shape for i in items)))
+    yield Question("count", f"How many {_plural(shape)} are there?", str(sum(i.what == shape for i in items)))
     if len(items) <= 2:
         caption = " and ".join(f"a {item.size} {item.colour} {item.what}" for item in items)
         yield Question("caption", rng.choice(("Describe the image.", "What is in the image?")), caption)
     for item in items:
-        yield from _ask_attributes(item, items, rng)
-    yield from _ask_existence(items, rng)
+        yield from _attribute_questions(item, items, rng)
+    yield from _existence_questions(items, rng)
+    yield from _relation_questions(items, rng)
+
+
+def _relation_questions(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    """Questions about the relative positions of two shapes."""
     for _ in range(2 * len(items) - 2):
         one, other = rng.sample(items, 2)
         between = f"the {_refer(one, items, rng)} {{}} the {_refer(other, items, rng)}?"
@@ -224,7 +244,8 @@ def _ask_shapes(items: tuple[Item, ...], rng: random.Random) -> Iterator[Questio
             yield Question("relation", "Is " + between.format("above or below"), answer)
 
 
-def _ask_attributes(item: Item, items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+def _attribute_questions(item: Item, items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    """Questions about one shape's colour, form, size and place."""
     alone = len(items) == 1
     if sum(other.what == item.what for other in items) == 1:
         form = rng.choice(("What color is the {}?", "What is the color of the {}?"))
@@ -236,25 +257,25 @@ def _ask_attributes(item: Item, items: tuple[Item, ...], rng: random.Random) -> 
     yield Question("place", f"Where is the {_refer(item, items, rng)}?", PLACES[item.place])
 
 
-def _ask_existence(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
-    """As many questions whose answer is yes as no, unless every shape is there."""
-    for name, present, every in (
+def _existence_questions(items: tuple[Item, ...], rng: random.Random) -> Iterator[Question]:
+    """As many questions with answer yes as with answer no, except where all shapes are present."""
+    for template, present, candidates in (
         ("{} shape", {item.colour for item in items}, COLOURS),
         ("{}", {item.what for item in items}, SHAPES),
     ):
-        for answer, pool in (("yes", sorted(present)), ("no", sorted(set(every) - present))):
+        for answer, pool in (("yes", sorted(present)), ("no", sorted(set(candidates) - present))):
             if pool:
                 form = rng.choice(("Is there a {}?", "Does the image contain a {}?"))
-                yield Question("exist", form.format(name.format(rng.choice(pool))), answer)
+                yield Question("exist", form.format(template.format(rng.choice(pool))), answer)
 
 
 def _refer(item: Item, items: tuple[Item, ...], rng: random.Random) -> str:
-    """Words that name this item and no other of the scene."""
+    """A noun phrase that refers to this object and to no other of the scene."""
     by_shape = sum(other.what == item.what for other in items) == 1
     return item.what if by_shape and rng.random() < 0.5 else f"{item.colour} shape"
 
 
-def plural(shape: str) -> str:
+def _plural(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
 
 
@@ -267,27 +288,33 @@ def render_instructions(
     questions_per_image: int = 4,
     sources: tuple[str, ...] = SOURCES,
 ) -> Path:
-    """Write `images` pictures and questions about them as LLaVA's instruction JSON; returns its path.
+    """Write pictures and questions about them as LLaVA's instruction JSON, and return that file's path.
 
-    `out` gets `instructions.json` and, beside it, the pictures as `coco/000000.png` and so on, sources in
-    turn. Each question is a record of one turn; every fifth picture has a record of three turns more, and
-    every third is followed by a question without an image. Ids read `gqa-000123-2-count`: source, picture,
-    number, kind. Equal seeds write equal files. The default side holds nothing that the tiny backbone was
-    trained on.
+    Each question is a record of one turn. Every fifth picture has a further record of three turns, and every
+    third is followed by a question without an image. Ids have the form `gqa-000123-2-count`: source, picture,
+    number, kind. Equal seeds write equal files.
+
+    Args:
+        out: Folder for `instructions.json` and the pictures (`coco/000000.png`, ...).
+        images: Number of pictures.
+        seed: Seed of all random choices.
+        side: Side of the split; the tiny backbone was trained on nothing from the default side.
+        questions_per_image: Largest number of questions per picture.
+        sources: Sources of the pictures, which take turns.
     """
     rng = random.Random(f"{seed} {side}")
-    records: list[dict] = []
+    records: list[dict[str, Any]] = []
     for number in range(images):
         source = sources[number % len(sources)]
         scene = draw_scene(source, rng, side)
         path = f"{source}/{number:06d}.png"
         (out / source).mkdir(parents=True, exist_ok=True)
         render(scene).save(out / path)
-        asked = questions(scene, rng)[:questions_per_image]
-        for i, question in enumerate(asked):
+        selected = questions(scene, rng)[:questions_per_image]
+        for i, question in enumerate(selected):
             records.append(_record(f"{source}-{number:06d}-{i}-{question.kind}", [question], path))
-        if number % 5 == 0 and len(asked) >= 3:
-            records.append(_record(f"{source}-{number:06d}-{len(asked)}-dialogue", asked[:3], path))
+        if number % 5 == 0 and len(selected) >= 3:
+            records.append(_record(f"{source}-{number:06d}-{len(selected)}-dialogue", selected[:3], path))
         if number % 3 == 0:
             question = Question(*text_question(rng))
             records.append(_record(f"text-{number:06d}-0-{question.kind}", [question], None))
@@ -297,13 +324,14 @@ def render_instructions(
     return instructions
 
 
-def _record(name: str, asked: list[Question], image: str | None) -> dict:
+def _record(name: str, turns: list[Question], image: str | None) -> dict[str, Any]:
+    """A LLaVA record of one conversation, about `image` where there is one."""
     conversations = []
-    for turn, question in enumerate(asked):
+    for turn, question in enumerate(turns):
         mark = "<image>\n" if image and turn == 0 else ""
         conversations.append({"from": "human", "value": mark + question.text})
         conversations.append({"from": "gpt", "value": question.answer})
-    record: dict = {"id": name, "conversations": conversations}
+    record: dict[str, Any] = {"id": name, "conversations": conversations}
     return record | ({"image": image} if image else {})
 
 
