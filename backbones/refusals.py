@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepinsert.backbones.compat.transformers import GROWING, INDEXED, KEYLESS, cached_as, foreign_cache
+from deepinsert.backbones.compat.transformers import GROWING, INDEXED, KEYLESS, cache_class_of, foreign_cache
 from deepinsert.backbones.mechanism.positions import POSITION_ARGUMENTS
 
 from .errors import UnsupportedCacheError, UnsupportedModelError
@@ -92,7 +92,7 @@ def _reason(model: PreTrainedModel, stack: Any) -> str | None:
         )
     cached = (*_CACHED_PLAINLY, *INDEXED) if _indexes_single_keys(stack) else _CACHED_PLAINLY
     for kind in sorted(set(getattr(stack.config, "layer_types", None) or [])):
-        if kind not in _CACHED_NOT_AT_ALL and cached_as(kind) not in cached:
+        if kind not in _CACHED_NOT_AT_ALL and cache_class_of(kind) not in cached:
             return (
                 f"has layers of type {kind!r}, which choose or keep their keys in a way of their own; "
                 "leaving rows out of them is not handled yet"

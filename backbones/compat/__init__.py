@@ -1,8 +1,8 @@
-"""What this project takes from other libraries beyond their documented interfaces, one module per library.
+"""Uses of other libraries beyond their documented interfaces, one module per library.
 
-Each function or constant names what it depends on and since which version that has been so, and offers one
-form that holds in every supported version. No other file reads a private name, a version or a message text of
-these libraries. `versions` says which versions are supported; `self_check` tries one that is not listed.
+Each function or constant names what it depends on and since which version, and offers one form that holds in
+every supported version. No other file reads a private name, a version or a message text of these libraries.
+`versions` lists the supported versions; `mechanism/self_check.py` checks a version that is not listed.
 """
 
 from .versions import check_not_too_old

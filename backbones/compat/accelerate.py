@@ -1,6 +1,6 @@
-"""What finetuning reads of accelerate's plugins, which are documented as arguments and not as attributes.
+"""Attributes of accelerate's plugins, which are documented as arguments and not as attributes.
 
-The names have been so since 1.10, the oldest version that is supported.
+The names have not changed since 1.10, the oldest version that is supported.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from torch import nn
 
 
 def is_sharded(state: Any) -> bool:
-    """Whether processes hold parts of the weights each (FSDP, ZeRO-3) and gather a layer's to run it; `state`
-    is an `AcceleratorState`."""
+    """Whether each process holds only a part of the weights and gathers a layer's to run it (FSDP, ZeRO-3).
+
+    `state` is an `AcceleratorState`, here and below.
+    """
     zero = getattr(state, "deepspeed_plugin", None)
     return uses_fsdp(state) or (zero is not None and zero.zero_stage == 3)
 
@@ -23,7 +25,7 @@ def uses_fsdp(state: Any) -> bool:
 
 
 def wrap_layers(state: Any, layers: nn.ModuleList) -> None:
-    """Have FSDP wrap the classes of `layers`, unless the user has named others."""
+    """Make FSDP wrap the classes of `layers`, unless the user has named other classes."""
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})

@@ -1,4 +1,4 @@
-"""What is taken of torch beyond its documented interface, or that only newer versions have."""
+"""Functions of torch beyond its documented interface, or that only newer versions have."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ _REDUCES_UNUSED = "set_reduce_scatter_unused_params"
 
 
 def can_reduce_unused() -> bool:
-    """Whether FSDP can share gradients of weights that a process did not use, as zeros."""
+    """Whether FSDP can reduce the gradients of weights that a process did not use, as zeros."""
     return hasattr(FSDPModule, _REDUCES_UNUSED)
 
 
 def reduce_unused(model: nn.Module) -> None:
-    """Have every part of `model` that FSDP wraps share the gradients of unused weights, as zeros."""
+    """Make every module of `model` that FSDP wraps reduce the gradients of unused weights, as zeros."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             getattr(module, _REDUCES_UNUSED)(True)
 
 
 def mark_static_address(buffer: Tensor) -> None:
-    """Tell compiled code that `buffer` stays where it is. In `torch._dynamo`, where transformers finds it too
-    (2.1 to 2.15)."""
+    """Mark `buffer` as staying at its address, for compiled code.
+
+    The function is in `torch._dynamo`, where transformers uses it too (2.1 to 2.15).
+    """
     dynamo: Any = torch._dynamo
     dynamo.mark_static_address(buffer)

@@ -1,7 +1,7 @@
-"""Which versions of transformers and torch this package is known to work with.
+"""The versions of transformers and torch that this package has been tested with.
 
-`TRIED_TRANSFORMERS` and `TRIED_TORCH` are those of the runs that wrote `docs/versions.md`. Any other version
-in the range is tried by `self_check` before the first insertion.
+`TRIED_TRANSFORMERS` and `TRIED_TORCH` are the versions in the runs that wrote `docs/versions.md`. Any other
+version in the range is checked by `mechanism/self_check.py` before the first insertion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRIED_TORCH = ("2.13.0", "2.15.0")
 
 
 def installed(library: str) -> str:
-    """The version of an installed library, without the part that names a build, such as `+cpu`."""
+    """Return the version of an installed library, without the part that names a build, such as `+cpu`."""
     return version(library).partition("+")[0]
 
 
@@ -37,8 +37,8 @@ def is_tried() -> bool:
     return installed("transformers") in TRIED_TRANSFORMERS and installed("torch") in TRIED_TORCH
 
 
-def known_range() -> str:
-    """The versions that work, for an error message."""
+def tried_range() -> str:
+    """Return a sentence on the versions that work, for an error message."""
     return (
         f"transformers {TRIED_TRANSFORMERS[0]} to {TRIED_TRANSFORMERS[-1]} with torch "
         f"{' or '.join(TRIED_TORCH)} are known to work"
@@ -46,11 +46,11 @@ def known_range() -> str:
 
 
 def check_not_too_old() -> None:
-    """Raise `ImportError` where a library is older than all that this package supports."""
+    """Raise `ImportError` if a library is older than the oldest version that this package supports."""
     for library, oldest in (("transformers", OLDEST_TRANSFORMERS), ("torch", OLDEST_TORCH)):
-        found = installed(library)
-        if Version(found) < Version(oldest):
+        installed_version = installed(library)
+        if Version(installed_version) < Version(oldest):
             raise ImportError(
-                f"DeepInsert needs {library} {oldest} or later, and this is {found}: "
+                f"DeepInsert needs {library} {oldest} or later, and this is {installed_version}: "
                 f"pip install --upgrade {library}"
             )

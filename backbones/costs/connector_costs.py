@@ -1,4 +1,4 @@
-"""FLOPs of what stands between an image tower and the decoder, for one tile, and the tokens that it gives."""
+"""FLOPs and tokens, per tile, of the connector between an image tower and the decoder."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from transformers import PreTrainedModel
 
 from .module_costs import RowCost, linear_flops, row_cost
 
-NAMES = ("multi_modal_projector", "connector")
+CONNECTOR_NAMES = ("multi_modal_projector", "connector")
 
 
 @dataclass(frozen=True)
 class Connector:
-    """What one tile costs after the tower, and the tokens it becomes."""
+    """The number of tokens that a connector makes of one tile, and its FLOPs."""
 
     tokens: int
     flops: int
 
 
 def connector_of(model: PreTrainedModel, patches: int, rows: int, width: int) -> Connector | None:
-    """The connector behind a tower that gives `rows` rows of `width` numbers, `patches` of them patches.
+    """Count the connector behind an image tower; None where its kind is unknown.
 
-    None where its kind is not known.
+    Args:
+        model: the stock model.
+        patches: patches per tile.
+        rows: rows that the tower returns per tile: the patches, and a class token where there is one.
+        width: numbers per row.
     """
     qformer: Any = find_module(model, "qformer")
     if qformer is not None:
         return _query_former(model, qformer, rows)
-    found = (find_module(model, name) for name in NAMES)
-    connector: Any = next((module for module in found if module is not None), None)
+    candidates = (find_module(model, name) for name in CONNECTOR_NAMES)
+    connector: Any = next((module for module in candidates if module is not None), None)
     if connector is None:
         return None
     if hasattr(connector, "cross_attn"):
         return _cross_attention(connector, rows, width)
-    if hasattr(connector, "mm_input_projection_weight"):  # Gemma 3 averages patches, then one matrix
+    if hasattr(connector, "mm_input_projection_weight"):  # Gemma 3 averages patches, then applies one matrix
         tokens = connector.tokens_per_side**2
         return Connector(tokens, tokens * 2 * connector.mm_input_projection_weight.numel())
     return _linear(model, connector, patches, rows, width)
@@ -44,37 +48,40 @@ def connector_of(model: PreTrainedModel, patches: int, rows: int, width: int) ->
 def _linear(
     model: PreTrainedModel, connector: nn.Module, patches: int, rows: int, width: int
 ) -> Connector | None:
-    """Linear layers over each token; a token may be several neighbouring patches put side by side."""
+    """Count linear layers applied per token; a token may be several neighbouring patches concatenated."""
     linears = [part for part in connector.modules() if isinstance(part, nn.Linear)]
-    weights = sum(part.weight.numel() for part in linears)
-    matrices = sum(weight.numel() for weight in connector.parameters() if weight.dim() > 1)
-    pools = any("Pool" in type(part).__name__ for part in connector.modules())
-    if not linears or weights != matrices or pools:
+    linear_weights = sum(part.weight.numel() for part in linears)
+    matrix_weights = sum(weight.numel() for weight in connector.parameters() if weight.dim() > 1)
+    has_pooling = any("Pool" in type(part).__name__ for part in connector.modules())
+    if not linears or linear_weights != matrix_weights or has_pooling:
         return None
-    chosen = getattr(model.config, "vision_feature_layer", None)
-    features = width * (len(chosen) if isinstance(chosen, (list, tuple)) else 1)
-    dropped = getattr(model.config, "vision_feature_select_strategy", "default") == "default"
-    side_by_side, rest = divmod(linears[0].in_features, features)
-    if rest or not side_by_side:
+    layers = getattr(model.config, "vision_feature_layer", None)
+    features = width * (len(layers) if isinstance(layers, (list, tuple)) else 1)
+    drops_class = getattr(model.config, "vision_feature_select_strategy", "default") == "default"
+    patches_per_token, rest = divmod(linears[0].in_features, features)
+    if rest or not patches_per_token:
         return None
-    tokens = (patches if dropped else rows) // side_by_side
+    tokens = (patches if drops_class else rows) // patches_per_token
     return Connector(tokens, tokens * linear_flops([connector]))
 
 
 def _cross_attention(connector: Any, rows: int, width: int) -> Connector | None:
-    """Aria: learned queries read the tower's rows through one attention, then a small MLP."""
+    """Count Aria's connector: learned queries read the tower's rows by one attention, then a small MLP."""
     queries = connector.patch_to_query_dict.get(rows)
     if queries is None:
         return None
     attention = connector.cross_attn
-    # `nn.MultiheadAttention` projects once more what q_proj, k_proj and v_proj gave.
-    of_queries = linear_flops([attention.q_proj, attention.linear, connector.feed_forward]) + 4 * width**2
-    of_rows = linear_flops([attention.k_proj, attention.v_proj]) + 4 * width**2
-    return Connector(queries, queries * of_queries + rows * of_rows + 4 * queries * rows * width)
+    # `nn.MultiheadAttention` projects the outputs of q_proj, k_proj and v_proj a second time.
+    per_query = linear_flops([attention.q_proj, attention.linear, connector.feed_forward]) + 4 * width**2
+    per_row = linear_flops([attention.k_proj, attention.v_proj]) + 4 * width**2
+    return Connector(queries, queries * per_query + rows * per_row + 4 * queries * rows * width)
 
 
 def _query_former(model: Any, qformer: Any, rows: int) -> Connector | None:
-    """BLIP-2: layers over learned queries; some read the tower's rows. InstructBLIP's also read text."""
+    """Count BLIP-2's Q-Former: layers over learned queries, of which some read the tower's rows.
+
+    InstructBLIP's Q-Former reads text as well and is not counted.
+    """
     projection = find_module(model, "language_projection")
     if projection is None or getattr(qformer.config, "use_qformer_text_input", True):
         return None
@@ -84,14 +91,14 @@ def _query_former(model: Any, qformer: Any, rows: int) -> Connector | None:
         flops += row_cost(layer.attention).flops(queries)
         flops += queries * linear_flops([layer.intermediate_query, layer.output_query])
         if layer.has_cross_attention:
-            inner = layer.crossattention
-            read = linear_flops([inner.attention.key, inner.attention.value])
-            pairs = row_cost(inner).per_pair
-            flops += RowCost(linear_flops([inner]) - read, 0).flops(queries) + rows * read
-            flops += queries * rows * pairs
+            cross = layer.crossattention
+            key_value_flops = linear_flops([cross.attention.key, cross.attention.value])
+            per_pair = row_cost(cross).per_pair
+            flops += RowCost(linear_flops([cross]) - key_value_flops, 0).flops(queries)
+            flops += rows * key_value_flops + queries * rows * per_pair
     return Connector(queries, flops)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:
-    """The first module whose last name is `name`."""
+    """Return the first submodule whose last name is `name`; None without one."""
     return next((module for path, module in model.named_modules() if path.split(".")[-1] == name), None)

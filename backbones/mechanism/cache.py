@@ -25,12 +25,12 @@ from deepinsert.backbones.compat.transformers import (
     STATIC,
     STATIC_COUNTS,
     UNREGISTERED,
-    crop_held,
+    crop_last_keys,
     holds_state,
-    kept_of_window,
     mask_offset,
     tokens_to_remove,
     too_old_for_static_caches,
+    usable_window_keys,
 )
 from deepinsert.backbones.errors import UnsupportedCacheError
 
@@ -107,7 +107,7 @@ def _short_kind(kind: Any) -> type:
             if seen < getattr(self, "sliding_window", seen + 1):
                 # To 5.14 the stock method computes the length to keep, which must be that of the keys held.
                 become_short(self, KeyMap(columns, 0, self.keymap.ragged), columns.shape[1])
-            crop_held(super().crop, removed)
+            crop_last_keys(super().crop, removed)
             columns = columns[:, : columns.shape[1] - removed]
             columns = columns.masked_fill(columns >= length, -1)
             ragged = bool((columns < 0).any())
@@ -217,7 +217,7 @@ class LayerKeys:
         else:
             held = torch.arange(self.past, device=new.device).expand(new.shape[0], -1)
         if self.windowed:
-            kept, used = self.layer.keys.shape[-2], kept_of_window(self.layer)
+            kept, used = self.layer.keys.shape[-2], usable_window_keys(self.layer)
             kept = kept if used is None else min(kept, used)
             held = held[:, held.shape[1] - kept :]
         return torch.cat([held, new], dim=1)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepinsert.backbones.compat.versions import installed, is_tried, known_range
+from deepinsert.backbones.compat.versions import installed, is_tried, tried_range
 from deepinsert.backbones.errors import UntriedVersionError
 from deepinsert.backbones.families import find_stack
 
@@ -74,7 +74,7 @@ def run_trial() -> None:
                 fault = f"{type(error).__name__}: {error}"
             if fault:
                 raise UntriedVersionError(
-                    f"{names}, which nobody has tried, does not work: {name}: {fault}. {known_range()}; "
+                    f"{names}, which nobody has tried, does not work: {name}: {fault}. {tried_range()}; "
                     f"install one of them, or set {SWITCH}=0 to go on at the risk of wrong numbers"
                 )
     log.info("%s: not tried before; the self-check passed in %.1f s", names, time.perf_counter() - started)

@@ -16,12 +16,12 @@ from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from deepinsert.backbones.compat.peft import adapted
+from deepinsert.backbones.compat.peft import add_adapter
 from deepinsert.backbones.compat.trainer import (
-    drive_one_device,
     installed_reporters,
-    known_reporters,
-    recomputing,
+    recomputation_arguments,
+    supported_reporters,
+    use_one_device,
 )
 from deepinsert.backbones.parts import encoders, frozen_modules, lora_targets, projectors
 from deepinsert.controller.options import FinetuneOptions
@@ -41,7 +41,7 @@ def make_trainable(model: PreTrainedModel, options: FinetuneOptions) -> Any:
     """
     frozen = frozen_modules(model, options.freeze)
     if options.method in ADAPTERS:
-        trained = add_adapter(model, options, frozen)
+        trained = add_lora(model, options, frozen)
     else:
         trained = model.requires_grad_(options.method == "full")
         for encoder in encoders(model).values():
@@ -56,7 +56,7 @@ def make_trainable(model: PreTrainedModel, options: FinetuneOptions) -> Any:
     return trained
 
 
-def add_adapter(model: PreTrainedModel, options: FinetuneOptions, frozen: dict[str, nn.Module]) -> Any:
+def add_lora(model: PreTrainedModel, options: FinetuneOptions, frozen: dict[str, nn.Module]) -> Any:
     """The model with LoRA on the linear layers of its text model, but for the `frozen` ones."""
     if options.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -78,7 +78,7 @@ def add_adapter(model: PreTrainedModel, options: FinetuneOptions, frozen: dict[s
         bias="none",
         task_type="CAUSAL_LM",
     )
-    trained = adapted(model, config)
+    trained = add_adapter(model, config)
     for weight in trained.parameters():
         if weight.requires_grad:  # PEFT widens LoRA's alone; in bfloat16 small updates are lost
             weight.data = weight.data.float()
@@ -189,10 +189,10 @@ def training_arguments(
         label_names=["labels"],
         dataloader_num_workers=0,
         ddp_find_unused_parameters=idle_projector,
-        **recomputing(options.gradient_checkpointing),
+        **recomputation_arguments(options.gradient_checkpointing),
     )
     if device.type == "cuda":
-        drive_one_device(arguments)
+        use_one_device(arguments)
     return arguments
 
 
@@ -203,8 +203,8 @@ def reporters(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none", "tensorboard")]
     for name in names:
-        if name not in known_reporters():
-            known = ", ".join(["none", *sorted(known_reporters())])
+        if name not in supported_reporters():
+            known = ", ".join(["none", *sorted(supported_reporters())])
             raise ValueError(f"--report-to {name}: give one of {known}")
         if name not in installed_reporters():
             raise ValueError(f"--report-to {name}: its package is not installed; pip install {name}")

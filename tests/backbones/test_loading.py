@@ -1,4 +1,4 @@
-"""Checkpoints in the published format: found, loaded whole, with their insert layer; what is not, refused."""
+"""Checkpoints in the published format load completely, with their insert layer; others are refused."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from deepinsert.backbones.loading import TINY, fingerprint
 def test_what_is_saved_is_loaded(tiny_backbone, tmp_path):
     with tiny_backbone.insert_at(0):
         tiny_backbone.save_pretrained(tmp_path)
-    again = load_backbone(tmp_path, device="cpu")
-    assert again.fingerprint == tiny_backbone.fingerprint
-    assert again.insert_layer == 0
+    loaded = load_backbone(tmp_path, device="cpu")
+    assert loaded.fingerprint == tiny_backbone.fingerprint
+    assert loaded.insert_layer == 0
     assert load_backbone(tmp_path, insert_layer=5, device="cpu").insert_layer == 5
-    assert type(again.model) is LlavaForConditionalGeneration
-    assert again.tokenizer.get_vocab() == tiny_backbone.tokenizer.get_vocab()
+    assert type(loaded.model) is LlavaForConditionalGeneration
+    assert loaded.tokenizer.get_vocab() == tiny_backbone.tokenizer.get_vocab()
 
 
-def test_a_checkpoint_whose_weights_are_not_found_is_refused(tiny_backbone, tmp_path):
-    """As where another version of transformers has named them: stock code would leave them random."""
+def test_a_checkpoint_with_missing_weights_is_refused(tiny_backbone, tmp_path):
+    """Another version of transformers may name weights differently; stock code would leave them random."""
     tiny_backbone.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     renamed = {name.replace("vision_tower", "tower"): weight for name, weight in weights.items()}
@@ -53,15 +53,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         load_backbone(tmp_path / "empty", device="cpu")
 
 
-def test_the_fingerprint_does_not_know_the_names(tiny_backbone):
-    """They differ between versions of transformers, and what a policy was trained on does not."""
+def test_the_fingerprint_does_not_depend_on_the_names_of_weights(tiny_backbone):
+    """Names differ between versions of transformers, and a policy must recognise its backbone under each."""
     model = copy.deepcopy(tiny_backbone.model)
     model.model.another_tower = model.model.vision_tower
     del model.model.vision_tower
     assert fingerprint(model) == tiny_backbone.fingerprint
 
 
-def test_the_fingerprint_knows_the_weights(tiny_backbone, tmp_path):
+def test_the_fingerprint_depends_on_the_weights(tiny_backbone, tmp_path):
     other = load_backbone("tiny", device="cpu")
     assert other.fingerprint == tiny_backbone.fingerprint
     with torch.no_grad():
@@ -76,12 +76,12 @@ def test_a_backbone_in_another_precision():
     assert load_backbone("tiny", device="cpu").model.dtype == torch.float32
 
 
-def test_a_layer_that_the_model_does_not_have():
+def test_a_layer_that_the_model_does_not_have_is_refused():
     with pytest.raises(ValueError, match=r"insert layer \[99\]: give 0 .stock. to 8"):
         load_backbone("tiny", insert_layer=99, device="cpu")
 
 
-def test_no_such_model(tmp_path):
+def test_a_model_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         load_backbone(tmp_path / "nowhere")
 
@@ -92,14 +92,15 @@ def test_a_text_model_is_refused(tmp_path):
         load_backbone(tmp_path)
 
 
-def test_a_processor_whose_video_half_needs_torchvision(tmp_path):
-    """Qwen2.5-VL as it is published: images work where torchvision is missing."""
+def test_images_work_without_torchvision_though_videos_need_it(tmp_path):
+    """Qwen2.5-VL's processor, as it is published, has a video part that needs torchvision."""
     family = FAMILIES["qwen2_5_vl"]
     stock = family.model()
     stock.save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(TINY).save_pretrained(tmp_path)
-    kind = pil_image_processor("qwen2_vl", "Qwen2VL")
-    kind(patch_size=4, size={"shortest_edge": 256, "longest_edge": 1024}).save_pretrained(tmp_path)
+    image_processor = pil_image_processor("qwen2_vl", "Qwen2VL")
+    size = {"shortest_edge": 256, "longest_edge": 1024}
+    image_processor(patch_size=4, size=size).save_pretrained(tmp_path)
     _edit(tmp_path / "tokenizer_config.json", processor_class="Qwen2_5_VLProcessor")
     _edit(tmp_path / "preprocessor_config.json", processor_class="Qwen2_5_VLProcessor")
     try:

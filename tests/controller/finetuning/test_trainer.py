@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainingArguments
 
 from deepinsert.backbones import load_backbone
-from deepinsert.backbones.compat.trainer import recomputing
+from deepinsert.backbones.compat.trainer import recomputation_arguments
 from deepinsert.controller.finetuning import finetune
 from deepinsert.controller.finetuning.batches import PromptDataset, collator
 from deepinsert.controller.finetuning.variant_trainer import VariantTrainer
@@ -183,7 +183,7 @@ def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None
                 args=trl.SFTConfig(
                     output_dir=folder,
                     max_length=None,
-                    **{name: False for name in recomputing(False) if not name.endswith("kwargs")},
+                    **{name: False for name in recomputation_arguments(False) if not name.endswith("kwargs")},
                     dataset_kwargs={"skip_prepare_dataset": True},
                     **settings,
                 ),
