@@ -1,4 +1,4 @@
-"""The command line: parses options, starts a command, and turns what a user did wrong into one clear line.
+"""The command line: parses options, runs a command, and reports a user's mistake in one clear line.
 
 Commands are imported only when they run, so that `--help` loads neither torch nor transformers.
 """
@@ -14,20 +14,22 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from deepinsert import __version__
+
 from . import options as command_options
 from .option_checks import check
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its options, the module whose `run` it calls, and an example that runs as it stands."""
+    """One subcommand: its options, the module whose `run` it calls, and an example that runs as written."""
 
     options: type[Any]
     module: str
     example: str
 
 
-# The examples run as they stand after `deepinsert demo`, whose data and results they use.
+# The examples run as written after `deepinsert demo`, because they use its data and results.
 COMMANDS = {
     "demo": Command(command_options.DemoOptions, "demo", "deepinsert demo"),
     "sweep": Command(
@@ -91,16 +93,16 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that `arguments` (by default those of the process) name; ends the process on errors.
+    """Run the command that `arguments` name; by default they are the arguments of the process.
 
-    Exit status 2 is a mistake in the command, with one line on stderr; 130 an interrupt. `--debug`, or
-    `DEEPINSERT_TRACEBACK=1` in the environment, shows the traceback as well.
+    The process ends with status 2 and one line on stderr after a mistake in the command, and with status 130
+    after an interrupt. `--debug`, or `DEEPINSERT_TRACEBACK=1` in the environment, adds the traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("DEEPINSERT_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     if words == ["--version"]:
-        print(f"deepinsert {version()}")
+        print(f"deepinsert {__version__}")
         return
     options: Any = None
     try:
@@ -114,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         fail(error, debug)
     except OSError as error:
-        # The hub's own errors do not say which model they are about.
-        unnamed = type(error) is OSError and error.filename is None and hasattr(options, "backbone")
-        fail(f"--backbone {options.backbone}: {error}" if unnamed else error, debug)
+        # The hub's own errors do not name the model.
+        is_from_hub = type(error) is OSError and error.filename is None and hasattr(options, "backbone")
+        fail(f"--backbone {options.backbone}: {error}" if is_from_hub else error, debug)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(words: Sequence[str]) -> tuple[str, Any]:
-    """The command's name and its options. Ends the process for `--help` and for options that do not parse."""
+    """Return the command's name and its options; `--help` and options that do not parse end the process."""
     if words[0] in COMMANDS:
         command = COMMANDS[words[0]]
         description = f"{command.options.__doc__}\n\nExample:\n  {command.example}"
@@ -137,40 +139,29 @@ def parse(words: Sequence[str]) -> tuple[str, Any]:
         Annotated[command.options, tyro.conf.subcommand(name, description=command.options.__doc__)]
         for name, command in COMMANDS.items()
     )
-    any_command: Any = Union[commands]  # noqa: UP007 - a tuple only known here
+    any_command: Any = Union[commands]  # noqa: UP007 - the tuple is made at run time
     tyro.cli(
         any_command,
         prog="deepinsert",
         description=(
             "Learn at which decoder layer image or audio tokens should enter a multimodal language model, "
-            "and make that model. Start with: deepinsert demo. Each command has its own --help. "
-            "Errors show their traceback with --debug."
+            "and finetune that model. Start with: deepinsert demo. Each command has its own --help. "
+            "--debug adds the traceback to errors."
         ),
         args=words,
     )
     raise ValueError(f"{words[0]}: not a command; the commands are {', '.join(COMMANDS)}")
 
 
-def version() -> str:
-    """The version of the installed distribution."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("deepinsert")
-    except PackageNotFoundError:
-        return "(not installed; run from its source folder)"
-
-
 def quieten() -> None:
-    """Keep libraries' advice to their own developers off the terminal; a user's own settings stand."""
+    """Keep messages that libraries write for developers off the terminal, unless the user wants them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def fail(error: Exception | str, debug: bool) -> None:
-    """Say on one line what is wrong and exit with status 2."""
+    """Print the error in one line and exit with status 2."""
     if debug:
         import traceback
 

@@ -1,6 +1,6 @@
-"""`deepinsert demo`: the whole way on the tiny backbone, each step with the options a user would give it.
+"""`deepinsert demo`: all commands on the tiny backbone, each with the options that a user would give.
 
-Every step writes the run folder of its command; a demo that is started again keeps the steps it finds done.
+Every step writes the run folder of its command. A demo that is started again keeps the finished steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from deepinsert.backbones.loading import TINY
-from deepinsert.controller.evaluation.report import columns
 from deepinsert.controller.runs.folder import (
     describe_machine,
     machine,
@@ -24,6 +23,7 @@ from deepinsert.controller.runs.folder import (
     write_result,
 )
 from deepinsert.controller.studies.jobs import run_of
+from deepinsert.controller.tables import terminal_table
 from deepinsert.envs.data.rendering import render_instructions
 
 from .options import (
@@ -41,7 +41,7 @@ INSTRUCTIONS = "instructions.json"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything the demo does; images have about four questions each."""
+    """The amount of work in each step; an image has about four questions."""
 
     train_images: int
     held_out_images: int
@@ -76,7 +76,7 @@ QUICK = Size(
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
-    """Play every step that is not done yet, write `result.json`, and print a table; return the result."""
+    """Run every step that is not finished, write `result.json`, print a table, and return the result."""
     out = start_run(options)
     size = QUICK if options.quick else FULL
     demo = Demo(options, out, size)
@@ -91,7 +91,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     }
     for name, (insert_layer, aim) in finetunes.items():
         demo.play(name, demo.finetune_options(name, insert_layer), aim)
-    evaluation = demo.play("evaluate", demo.evaluate_options(tuple(finetunes)), "both on images not seen")
+    evaluation = demo.play("evaluate", demo.evaluate_options(tuple(finetunes)), "both on unseen images")
     result = {
         "insert_layer": layer,
         "num_layers": sweep["num_layers"],
@@ -108,7 +108,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
 
 
 class Demo:
-    """The demo's folder and steps. `seconds` is how long each step took, in this start or an earlier one."""
+    """The demo's folder and its steps; `seconds` holds the duration of each finished step."""
 
     def __init__(self, options: DemoOptions, out: Path, size: Size) -> None:
         self.options = options
@@ -118,11 +118,11 @@ class Demo:
         self.seconds: dict[str, float] = read_result(out)["seconds"] if finished else {}
 
     def render(self) -> None:
-        """Draw the images and questions; steps that were made of others, or of other weights, are removed.
+        """Draw the images and questions; remove steps that were computed from other data or other weights.
 
-        Images are of the side that the tiny backbone has never seen, another seed for those held out.
+        The tiny backbone was not trained on these images. Held-out images are drawn with another seed.
         """
-        made_of = {
+        sources = {
             "seed": self.options.seed,
             "train_images": self.size.train_images,
             "held_out_images": self.size.held_out_images,
@@ -130,42 +130,44 @@ class Demo:
         }
         folder = self.out / "data"
         print("Step 0 of 6: data - images with questions, drawn here", flush=True)
-        if (folder / "result.json").is_file() and read_result(folder) == made_of:
+        if (folder / "result.json").is_file() and read_result(folder) == sources:
             return
         for step in STEPS:
             self.remove(step)
         render_instructions(folder / "train", self.size.train_images, 2 * self.options.seed)
         render_instructions(folder / "held_out", self.size.held_out_images, 2 * self.options.seed + 1)
-        write_json(folder / "config.json", {"command": "demo", "options": made_of})
-        write_result(folder, made_of)
+        write_json(folder / "config.json", {"command": "demo", "options": sources})
+        write_result(folder, sources)
 
     def play(self, name: str, options: Any, aim: str) -> dict[str, Any]:
-        """The result of a step, read where it is there and has these options, else made now."""
+        """Return the result of a step, from its run folder if it is finished there with these options."""
         number = STEPS.index(name) + 1
         print(f"\nStep {number} of {len(STEPS)}: {name} - {aim}", flush=True)
         folder = self.out / name
         if not same_run(options):
             self.remove(name)
         elif (folder / "result.json").is_file():
-            print(f"done before, in {folder}", flush=True)
+            print(f"already finished in {folder}", flush=True)
             return read_result(folder)
         for later in STEPS[number:]:
             if (self.out / later / "result.json").is_file():
-                self.remove(later)  # made of what this step is about to replace
+                self.remove(later)  # it was computed from what this step replaces
         started = time.perf_counter()
-        result = run_of(options)(options)
+        result: dict[str, Any] = run_of(options)(options)
         self.seconds[name] = time.perf_counter() - started
         return result
 
     def remove(self, step: str) -> None:
-        """Remove a step's run folder, if it is one."""
+        """Remove the run folder of a step, if there is one."""
         if (self.out / step / "config.json").is_file():
             shutil.rmtree(self.out / step)
 
     def data(self, part: str) -> Path:
+        """The instruction file of the part "train" or "held_out"."""
         return self.out / "data" / part / INSTRUCTIONS
 
     def sweep_options(self) -> SweepOptions:
+        """Options of the sweep over the untouched backbone."""
         return SweepOptions(
             out=self.out / "sweep",
             data=self.data("train"),
@@ -174,6 +176,7 @@ class Demo:
         )
 
     def policy_options(self) -> TrainPolicyOptions:
+        """Options of the training of the layer policy."""
         return TrainPolicyOptions(
             out=self.out / "train-policy",
             data=self.data("train"),
@@ -184,6 +187,7 @@ class Demo:
         )
 
     def recommend_options(self) -> RecommendOptions:
+        """Options of the recommendation for the training data."""
         return RecommendOptions(
             out=self.out / "recommend",
             policy=self.out / "train-policy",
@@ -192,6 +196,7 @@ class Demo:
         )
 
     def finetune_options(self, name: str, insert_layer: int) -> FinetuneOptions:
+        """Options of the finetuning `name` at an insert layer."""
         return FinetuneOptions(
             out=self.out / name,
             data=self.data("train"),
@@ -205,6 +210,7 @@ class Demo:
         )
 
     def evaluate_options(self, variants: tuple[str, ...]) -> EvaluateOptions:
+        """Options of the evaluation of the finetuned models on held-out images."""
         return EvaluateOptions(
             out=self.out / "evaluate",
             data=self.data("held_out"),
@@ -216,7 +222,7 @@ class Demo:
 
 
 def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> str:
-    """What a newcomer wants to know, in a table and a few sentences."""
+    """Render the closing table and the sentences around it for the terminal."""
     baseline, variant = evaluation["variants"][:2]
     layer, layers = result["insert_layer"], result["num_layers"]
     low, high = variant["accuracy_difference_interval"]
@@ -228,7 +234,8 @@ def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> st
     ]
     if layer == 0:
         sentences.insert(
-            0, "The recommended layer is 0: at this skip weight nothing is worth skipping, so both are alike."
+            0,
+            "The recommended layer is 0: at this skip weight skipping does not pay, so both models are alike.",
         )
     pictures = [picture for step in STEPS for picture in sorted((out / step).glob("*.png"))]
     return "\n".join(
@@ -239,28 +246,28 @@ def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> st
             f"Both were finetuned for the same steps and asked {evaluation['prompts']} questions about "
             f"{evaluation['images']} images that neither had seen.",
             "",
-            *columns(rows(baseline, variant, layers)),
+            terminal_table(["", "baseline", "variant"], rows(baseline, variant, layers), "<>"),
             "",
             *sentences,
             "",
             f"Measured on {describe_machine(result['machine'])}.",
             "Pictures:",
             *(f"  {picture}" for picture in pictures),
-            f"Took {sum(result['seconds'].values()):.0f} s.",
+            f"The demo took {sum(result['seconds'].values()):.0f} s.",
         ]
     )
 
 
 def rows(baseline: dict[str, Any], variant: dict[str, Any], layers: int) -> list[tuple[str, str, str]]:
-    """The table's cells: a line for each figure, baseline and variant side by side."""
+    """Return the cells of the table: one line per figure, with baseline and variant side by side."""
     pair = (baseline, variant)
     kilobytes = [row["kv_cache_bytes"] / 1000 for row in pair]
 
     def line(name: str, cells: list[str]) -> tuple[str, str, str]:
-        return (name, *cells)  # type: ignore[return-value]
+        first, second = cells
+        return name, first, second
 
     return [
-        ("", "baseline", "variant"),
         line("image tokens enter at layer", [f"{row['insert_layer']} of {layers}" for row in pair]),
         line("right answers", [f"{100 * row['accuracy']:.1f} %" for row in pair]),
         line("loss of answers (nats)", [f"{row['loss']:.3f}" for row in pair]),
@@ -271,4 +278,5 @@ def rows(baseline: dict[str, Any], variant: dict[str, Any], layers: int) -> list
 
 
 def percent(share: float) -> str:
+    """Write a share as a whole percentage."""
     return f"{100 * share:.0f} %"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from .envs.registration import register_envs
 
+__version__ = "0.1.0"
+
 _MODULE_OF = {
     "Backbone": "backbones",
     "CostModel": "backbones",
@@ -58,15 +60,10 @@ if TYPE_CHECKING:
     from .envs import load_instructions as load_instructions
     from .envs import prompts_from as prompts_from
 
-    __version__: str
 else:
 
     def __getattr__(name):
         """Load the package of a public name when the name is first used."""
-        if name == "__version__":
-            from importlib.metadata import version
-
-            return version("deepinsert")
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

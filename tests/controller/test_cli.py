@@ -267,7 +267,7 @@ def test_the_demo_runs_and_is_not_repeated(tmp_path, capsys):
     (tmp_path / "demo" / "evaluate" / "result.json").unlink()
     cli.main(["demo", "--quick", "--out", str(tmp_path / "demo")])
     again = capsys.readouterr().out
-    assert again.count("done before") == 5
+    assert again.count("already finished") == 5
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").glob("*/result.json")}
     assert after.keys() == before.keys()
     assert {path.parent.name for path in before if after[path] != before[path]} == {"evaluate"}
