@@ -1,13 +1,13 @@
-"""What the policy sees of a prompt: its text, mean-pooled, and optionally a summary of its images.
+"""Observations of prompts for the layer policy: mean-pooled text, and optionally a summary of the images.
 
-The text is seen through the frozen input embeddings (paper), before any image is opened, or after some
-decoder layers of text alone, which an insertion above them computes in any case.
+The text is observed through the frozen input embeddings (as in the paper), before any image is opened, or
+through the hidden states after some decoder layers of text alone, which every deeper insertion computes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +34,15 @@ LIMIT = 10.0
 
 @dataclass(frozen=True)
 class Observation:
-    """What to observe of prompts on a backbone of width D.
+    """The part of a prompt that the policy observes, on a backbone of width D.
 
-    `text_layer` 0 is the mean of the input embeddings over the text tokens; k their mean hidden state after k
-    decoder layers in which multimodal tokens do not exist, text standing where it stands in the full prompt:
-    what any insertion at layer k or above computes anyway. No image is encoded for it; images are opened for
-    their sizes alone, which say where the text stands. `image` appends the mean of the projected image
-    features as they enter the decoder, zeros for a prompt without image; each image is encoded once.
+    Args:
+        text_layer: 0 observes the mean of the input embeddings over the text tokens. k > 0 observes their
+            mean hidden state after k decoder layers without multimodal tokens, at the positions of the full
+            prompt, as every insertion at layer k or deeper computes it. This encodes no image; images are
+            opened only for their sizes, which determine the positions of the text.
+        image: Whether to append the mean of the projected image features at the decoder's input, and zeros
+            for a prompt without images. Each image is encoded once.
     """
 
     text_layer: int = 0
@@ -54,18 +56,18 @@ class Observation:
 
     @property
     def name(self) -> str:
-        """`"embeddings"` or `"hidden:3"`, as `--observation` takes it, with `"+image"` behind it."""
+        """The form that `--observation` takes, `"embeddings"` or `"hidden:3"`, followed by `"+image"`."""
         text = f"hidden:{self.text_layer}" if self.text_layer else "embeddings"
         return f"{text}+image" if self.image else text
 
     def __call__(self, backbone: Backbone, prompts: Sequence[Prompt], batch_size: int = 32) -> FloatArray:
-        """Observations float32 (P, D), with an image summary (P, 2 D).
+        """Compute observations: float32 (P, D), or (P, 2 D) with an image summary.
 
-        What is seen of a prompt depends neither on its answer nor, beyond float32's last digits, on the
-        others or on `batch_size`, which bounds the memory.
+        An observation does not depend on the answer. It depends on the other prompts and on `batch_size`,
+        which bounds memory, at most in float32's last digits.
 
         Raises `ValueError` for no prompts, a prompt without text tokens, a `text_layer` that the backbone
-        does not have, and a backbone that shows its features or its layers of text alone to nobody.
+        does not have, and a backbone whose image features or layers of text alone cannot be observed.
         """
         if not prompts:
             raise ValueError("no prompts to observe")
@@ -79,11 +81,11 @@ class Observation:
 
 
 def prompt_embeddings(backbone: Backbone, prompts: Sequence[Prompt], batch_size: int = 32) -> FloatArray:
-    """Mean of the frozen input embeddings over each prompt's text tokens, float32 (P, hidden).
+    """Mean of the frozen input embeddings over each prompt's text tokens, float32 (P, D).
 
-    The text is what the model's chat template makes of the messages up to the generation prompt: neither
-    the answer nor placeholders nor padding enter, and no image is opened. `batch_size` bounds the memory
-    and changes nothing else: prompts are pooled one by one.
+    The text is the output of the model's chat template up to the generation prompt, without answer,
+    placeholders and padding; no image is opened. `batch_size` bounds memory and does not change the result,
+    since prompts are pooled one by one.
 
     Raises `ValueError` for a prompt without text tokens.
     """
@@ -105,21 +107,32 @@ def prompt_embeddings(backbone: Backbone, prompts: Sequence[Prompt], batch_size:
 def prompt_states(
     backbone: Backbone, prompts: Sequence[Prompt], text_layer: int, batch_size: int = 32
 ) -> FloatArray:
-    """Mean hidden state after `text_layer` decoder layers of text alone, float32 (P, hidden); see
-    `Observation`.
+    """Mean hidden state of each prompt's text after decoder layers without multimodal tokens.
 
-    The text is what the model's processor makes of the messages up to the generation prompt, with the tokens
-    that it writes around its placeholders. No layer beyond `text_layer` runs. Ovis2 embeds tokens around an
-    image by its encoder; they are seen here as the vocabulary has them.
+    The text is the output of the model's processor up to the generation prompt, including the tokens that it
+    adds around its placeholders. No layer beyond `text_layer` runs. Ovis2's encoder embeds the tokens around
+    an image; here, their embeddings are those of the vocabulary.
+
+    Args:
+        backbone: The backbone.
+        prompts: The prompts (P).
+        text_layer: Number of decoder layers to run, at least 1.
+        batch_size: Prompts per forward, which bounds memory.
+
+    Returns:
+        float32 (P, D).
+
+    Raises:
+        ValueError: A prompt has no text token, or the backbone cannot run `text_layer` layers of text alone.
     """
     _check_text_layer(backbone, text_layer)
     pooled = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         inputs = encode(backbone.processor, batch, with_answers=False)
-        # Sizes and token types, which positions follow from, are whole numbers; what is encoded is not.
-        told = {name: value for name, value in inputs.items() if not value.is_floating_point()}
-        for prompt, states in zip(batch, text_states(backbone, told, text_layer), strict=True):
+        # Positions depend on sizes and token types, which are integers; inputs of encoders are floats.
+        integers = {name: value for name, value in inputs.items() if not value.is_floating_point()}
+        for prompt, states in zip(batch, text_states(backbone, integers, text_layer), strict=True):
             if not len(states):
                 raise ValueError(f"prompt {prompt.id!r} has no text token to observe")
             pooled.append(states.float().mean(dim=0).cpu().numpy())
@@ -127,10 +140,14 @@ def prompt_states(
 
 
 def text_states(backbone: Backbone, inputs: Mapping[str, Tensor], text_layer: int) -> list[Tensor]:
-    """Hidden states (T, hidden) of each row's T text tokens after `text_layer` layers of text alone."""
+    """Hidden states (T, D) of each row's T text tokens after `text_layer` layers of text alone.
+
+    Raises `ValueError` for a decoder that passes several streams between layers, and for a configuration
+    without placeholder tokens.
+    """
     model = backbone.model
     inputs = to_model(inputs, model)
-    multimodal = _multimodal(backbone, inputs["input_ids"])
+    multimodal = _multimodal_mask(backbone, inputs["input_ids"])
     counts = (inputs["attention_mask"].bool() & ~multimodal).sum(dim=1).tolist()
     stack: Any = find_stack(model)
     with insert_at(model, deepest_insert_layer(stack), multimodal_mask=multimodal):
@@ -139,104 +156,113 @@ def text_states(backbone: Backbone, inputs: Mapping[str, Tensor], text_layer: in
     states = output[0] if isinstance(output, tuple) else output
     if states.ndim != 3:
         raise ValueError(
-            f"{type(model).__name__} carries several streams from layer to layer (states of shape "
-            f"{tuple(states.shape)}), which are not observed: use text_layer 0 (--observation embeddings)"
+            f"{type(model).__name__} passes several streams from layer to layer (states of shape "
+            f"{tuple(states.shape)}), which cannot be observed: use text_layer 0 (--observation embeddings)"
         )
-    # Below the insert layer only text rows exist, shorter prompts with dummies on their left.
+    # Below the insert layer only text positions exist; shorter prompts have dummies on the left.
     return [row[len(row) - count :] for row, count in zip(states, counts, strict=True)]
 
 
 def image_means(backbone: Backbone, prompts: Sequence[Prompt], batch_size: int = 32) -> FloatArray:
-    """Mean of the projected features of each prompt's images as they enter the decoder, float32 (P, hidden);
-    zeros without images.
+    """Mean of the projected features of each prompt's images at the decoder's input, float32 (P, D).
 
-    Prompts about the same images share one pass through the encoder, in which no question is asked.
+    The mean is zero for a prompt without images. Prompts about the same images share one pass through the
+    encoder, with an empty question.
     """
-    rows: dict[tuple, int] = {}
-    own = [rows.setdefault(_images_of(prompt), len(rows)) if prompt.images else -1 for prompt in prompts]
-    shown = [_without_question(prompts[own.index(row)]) for row in range(len(rows))]
+    row_of: dict[tuple[Hashable, ...], int] = {}
+    rows = [
+        row_of.setdefault(_image_keys(prompt), len(row_of)) if prompt.images else -1 for prompt in prompts
+    ]
+    representatives = [_without_question(prompts[rows.index(row)]) for row in range(len(row_of))]
     embed: Any = backbone.model.get_input_embeddings()
-    # The last row is that of prompts without images.
-    means = np.zeros((len(rows) + 1, embed.weight.shape[1]), dtype=np.float32)
-    for start in range(0, len(shown), batch_size):
-        batch = encode(backbone.processor, shown[start : start + batch_size], with_answers=False)
+    # The last row, of index -1, belongs to prompts without images.
+    means = np.zeros((len(row_of) + 1, embed.weight.shape[1]), dtype=np.float32)
+    for start in range(0, len(representatives), batch_size):
+        batch = encode(backbone.processor, representatives[start : start + batch_size], with_answers=False)
         for row, features in enumerate(image_features(backbone, batch), start):
             means[row] = features.float().mean(dim=0).cpu().numpy()
-    return means[own]
+    return means[rows]
 
 
 def image_features(backbone: Backbone, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Projected features (M, hidden) of each row's M multimodal tokens, as they are handed to the decoder."""
+    """Projected features (M, D) of each row's M multimodal tokens at the decoder's input.
+
+    Raises `ValueError` for a model that embeds image tokens inside its decoder.
+    """
     model = backbone.model
     inputs = to_model(inputs, model)
-    multimodal = _multimodal(backbone, inputs["input_ids"])
+    multimodal = _multimodal_mask(backbone, inputs["input_ids"])
     with insert_at(model, 0):
         handle = find_stack(model).register_forward_pre_hook(_stop_before, with_kwargs=True)
         embeds = _forward_until(handle, model, inputs)
     if embeds is None:
         raise ValueError(
             f"{type(model).__name__} embeds image tokens inside its decoder, where their features cannot be "
-            "seen: leave the image out (no --observe-image)"
+            "observed: leave the image out (no --observe-image)"
         )
-    return [row[where] for row, where in zip(embeds, multimodal, strict=True)]
+    return [row[mask] for row, mask in zip(embeds, multimodal, strict=True)]
 
 
-def _multimodal(backbone: Backbone, input_ids: Tensor) -> Tensor:
-    """(B, S) bool of the positions that an encoder's features fill."""
+def _multimodal_mask(backbone: Backbone, input_ids: Tensor) -> Tensor:
+    """Boolean mask (B, S) of the positions that an encoder's features fill."""
     if not backbone.placeholder_ids:
         raise ValueError(
             f"the configuration of {backbone.name!r} names no placeholder token, so image tokens cannot be "
-            "told from text: observe input embeddings alone (--observation embeddings, no --observe-image)"
+            "distinguished from text: observe input embeddings alone (--observation embeddings, "
+            "no --observe-image)"
         )
     return torch.isin(input_ids, torch.tensor(sorted(backbone.placeholder_ids), device=input_ids.device))
 
 
 def _check_text_layer(backbone: Backbone, text_layer: int) -> None:
+    """Raise `ValueError` where the backbone cannot run `text_layer` decoder layers of text alone."""
     deepest = deepest_insert_layer(find_stack(backbone.model))
     if text_layer > deepest:
         raise ValueError(
-            f"text_layer {text_layer}: text can be alone in the first {deepest} of the {backbone.num_layers} "
-            f"decoder layers of {backbone.name!r}; observe hidden:{deepest} at most"
+            f"text_layer {text_layer}: only the first {deepest} of the {backbone.num_layers} decoder layers "
+            f"of {backbone.name!r} can run on text alone; observe hidden:{deepest} at most"
         )
     pixels = inspect.signature(backbone.model.forward).parameters.get("pixel_values")
     if pixels is not None and pixels.default is pixels.empty:
         raise ValueError(
-            f"{type(backbone.model).__name__} runs with an image alone, so its hidden states of text cannot "
-            "be had without encoding one: use text_layer 0 (--observation embeddings)"
+            f"{type(backbone.model).__name__} cannot run without an image, so its text alone has no hidden "
+            "states: use text_layer 0 (--observation embeddings)"
         )
 
 
-def _images_of(prompt: Prompt) -> tuple:
-    """Tells the images of prompts apart."""
+def _image_keys(prompt: Prompt) -> tuple[Hashable, ...]:
+    """Keys that are equal for prompts about the same files or the same open images."""
     return tuple(image if isinstance(image, ImageRef) else id(image) for image in prompt.images)
 
 
 def _without_question(prompt: Prompt) -> Prompt:
-    """The prompt's images with nothing asked, so that no feature can depend on a question."""
-    nothing = {"type": "text", "text": ""}
-    asked = {"role": "user", "content": [*[{"type": "image"}] * len(prompt.images), nothing]}
-    return replace(prompt, messages=[asked, {"role": "assistant", "content": [nothing]}], answer="")
+    """The prompt's images with an empty question, so that no feature can depend on a question."""
+    empty = {"type": "text", "text": ""}
+    question = {"role": "user", "content": [*[{"type": "image"}] * len(prompt.images), empty]}
+    return replace(prompt, messages=[question, {"role": "assistant", "content": [empty]}], answer="")
 
 
-class _Seen(Exception):
-    """Ends a forward of which enough has been seen."""
+class _StopForward(Exception):
+    """Ends a forward early; its argument is the value that the hook captured."""
 
 
-def _stop_after(module: nn.Module, args: tuple, output: Any) -> None:
-    raise _Seen(output)
+def _stop_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook that ends the forward with the module's output."""
+    raise _StopForward(output)
 
 
-def _stop_before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    raise _Seen(kwargs.get("inputs_embeds"))
+def _stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook that ends the forward with the decoder's input embeddings."""
+    raise _StopForward(kwargs.get("inputs_embeds"))
 
 
 def _forward_until(handle: RemovableHandle, model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """What the hook of `handle` has seen of a forward of `model`, which goes no further."""
+    """Run a forward of `model` up to the hook of `handle`, remove the hook, and return what it captured."""
     try:
         with torch.inference_mode():
             model(**inputs, use_cache=False)
-    except _Seen as seen:
-        return seen.args[0]
+    except _StopForward as stop:
+        return stop.args[0]
     finally:
         handle.remove()
     raise RuntimeError(f"{type(model).__name__} did not call its decoder")
@@ -244,14 +270,17 @@ def _forward_until(handle: RemovableHandle, model: Any, inputs: Mapping[str, Ten
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Frozen statistics of the observations of a training set, each float32 (D,)."""
+    """Mean and standard deviation of a training set's observations, each float32 (D,)."""
 
     mean: FloatArray
     std: FloatArray
 
     @classmethod
     def fit(cls, observations: ArrayLike) -> Normaliser:
-        """Mean and deviation over the prompts of `observations` (P, hidden); a constant feature's is 1."""
+        """Compute the statistics of `observations` (P, D); a constant feature keeps its scale (deviation 1).
+
+        Raises `ValueError` for another shape, or for no prompts.
+        """
         values = np.asarray(observations, dtype=np.float64)
         if values.ndim != 2 or not len(values):
             raise ValueError(
@@ -262,17 +291,24 @@ class Normaliser:
         return cls(mean.astype(np.float32), np.where(constant, 1.0, std).astype(np.float32))
 
     def __call__(self, observations: ArrayLike) -> FloatArray:
-        """`(observations - mean) / std`, clipped to [-10, 10], float32 in the shape given."""
+        """Normalise `observations` (..., D): `(observations - mean) / std`, clipped to [-10, 10], in float32.
+
+        Raises `ValueError` for another width.
+        """
         values = np.asarray(observations, dtype=np.float32)
         if values.shape[-1:] != self.mean.shape:
             raise ValueError(
                 f"observations of shape {values.shape}: expected a last axis of {len(self.mean)}"
             )
-        return np.clip((values - self.mean) / self.std, -LIMIT, LIMIT)
+        normalised: FloatArray = np.clip((values - self.mean) / self.std, -LIMIT, LIMIT)
+        return normalised
 
 
 def check_observations(observations: ArrayLike, num_prompts: int) -> FloatArray:
-    """Finite float32 observations (P, hidden) within the limits; `ValueError` for another shape or a NaN."""
+    """Convert observations (P, D) to float32 and clip them to the limits.
+
+    Raises `ValueError` for another shape or number of prompts, and for values that are not finite.
+    """
     values = np.asarray(observations, dtype=np.float32)
     if values.ndim != 2 or len(values) != num_prompts or not values.shape[1]:
         raise ValueError(f"observations of shape {values.shape}: expected ({num_prompts} prompts, hidden)")

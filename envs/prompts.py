@@ -1,6 +1,6 @@
-"""Prompts, and how they become what a model reads: tokens, images, labels.
+"""Prompts, their conversion to model inputs (tokens, images, labels), and the loss of their answers.
 
-Everything goes through the model's own processor and chat template; nothing here knows a family.
+Everything goes through the model's own processor and chat template; nothing here depends on a model family.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from deepinsert.envs.data.media import DatasetError, decode_image, open_image
 
 from .chat_text import (
     answer_positions,
-    answered,
-    any_of,
-    defused,
-    pad_token_set,
+    break_special_tokens,
+    literal_pattern,
     placeholder_ids_of,
-    render,
+    render_chat,
+    render_with_answers,
     special_tokens,
+    temporary_pad_token,
     text_part,
     writes_bos,
 )
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from transformers.processing_utils import ProcessorMixin
 
 IGNORED = -100
-"""Label of a token that carries no loss, as everywhere in `transformers`."""
+"""Label of a token that carries no loss; `transformers` uses the same value."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image below `root`, opened only when it is used. `origin` says which record named it."""
+    """An image file below `root`, which is opened only on use; `origin` names its record in errors."""
 
     root: Path
     path: str
     origin: str = field(default="", compare=False)
 
     def open(self) -> Image.Image:
-        """The image in RGB. Raises `DatasetError` naming the record when it cannot be decoded."""
+        """Decode the image to RGB; `DatasetError`, with the record's name, where that fails."""
         try:
             return self._decode()
         except DatasetError as error:
@@ -60,8 +60,10 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class EncodedImage(ImageRef):
-    """An image that lies inside a data file, as in Parquet: `data` are its file's bytes, decoded only when it
-    is used; `root` and `path` name it."""
+    """An image embedded in a data file such as Parquet, which is decoded only on use.
+
+    `data` is the content of the image file; `root` and `path` name it.
+    """
 
     data: bytes = field(default=b"", repr=False)
 
@@ -71,11 +73,17 @@ class EncodedImage(ImageRef):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends in the answer to be learnt or judged.
+    """A conversation that ends in a reference answer.
 
-    `messages` are chat messages (`{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}`)
-    including the last, the assistant's, whose text is `answer`; `images` fill its image parts in order.
-    `loss_on` says whether every answer carries loss or only the last.
+    Args:
+        id: Id of the prompt, unique within its data.
+        source: Source of the data, by default the first folder of the first image's path.
+        image_key: Key that prompts about the same images share.
+        messages: Chat messages (`{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}`); the
+            last one is the assistant's.
+        images: The images, in the order of the messages' image parts.
+        answer: Text of the last message.
+        loss_on: Whether all answers carry loss, or only the last.
     """
 
     id: str
@@ -89,33 +97,42 @@ class Prompt:
     @property
     def question(self) -> str:
         """Text of the last question, without image marks."""
-        asked = next(message for message in reversed(self.messages) if message["role"] == "user")
-        return "\n".join(part["text"] for part in asked["content"] if part["type"] == "text")
+        last = next(message for message in reversed(self.messages) if message["role"] == "user")
+        return "\n".join(part["text"] for part in last["content"] if part["type"] == "text")
 
     def load_images(self) -> list[Image.Image]:
-        """The images in RGB, in order. Raises `DatasetError` naming file, record and field."""
+        """Decode the images to RGB, in order; `DatasetError` with file, record and field where that fails."""
         return [
             image.open() if isinstance(image, ImageRef) else image.convert("RGB") for image in self.images
         ]
 
     @classmethod
     def to_generate(cls, processor: ProcessorMixin, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Inputs of `generate` for a batch of prompts: padded left, ending where the answers begin."""
+        """Inputs of `generate` for a batch of prompts: padded on the left, up to the generation prompt."""
         return encode(processor, prompts, with_answers=False, padding_side="left")
 
     @classmethod
     def from_question(
         cls, question: str, image: Image.Image | str | Path | None = None, answer: str = ""
     ) -> Prompt:
-        """A prompt of one question. An `image` given as a path is the caller's own and may lie anywhere."""
+        """Make a prompt of one question about an image or none.
+
+        Args:
+            question: Text of the question; an `<image>` in it marks the place of the image.
+            image: The image, or the path of its file, which may lie anywhere.
+            answer: Text of the reference answer.
+
+        Raises:
+            ValueError: The question has several `<image>` marks.
+        """
         images: tuple[ImageRef | Image.Image, ...] = ()
         key = "question"
         if isinstance(image, Image.Image):
             images = (image,)
         elif image is not None:
-            real = Path(image).resolve()
-            key = str(real)
-            images = (ImageRef(real.parent, real.name),)
+            path = Path(image).resolve()
+            key = str(path)
+            images = (ImageRef(path.parent, path.name),)
         content = _content(question, len(images)) if images else [text_part(question)]
         messages = [
             {"role": "user", "content": content},
@@ -129,32 +146,35 @@ class Prompt:
 
 
 def prompts_from(data: InstructionData, per: Literal["turn", "record"] = "turn") -> list[Prompt]:
-    """Prompts of instruction records.
+    """Make prompts from instruction records.
 
-    "turn" makes one prompt of every question, with the turns before it as context and loss on its answer
-    alone; "record" one of every conversation, with loss on all answers. Ids are unique: the turn is added to
-    the id where a record has several ("000017#2"), the record's position where an id repeats ("000017@801").
+    With `per="turn"`, each question is one prompt, with the turns before it as context and loss on its answer
+    alone. With `per="record"`, each conversation is one prompt, with loss on all answers. Ids are unique: the
+    turn is appended where a record has several ("000017#2"), and the record's position where an id repeats
+    ("000017@801").
+
+    Raises `ValueError` for another value of `per`.
     """
     if per not in ("turn", "record"):
         raise ValueError(f'per {per!r}: give "turn" or "record"')
-    repeated = Counter(record.id for record in data)
+    id_counts = Counter(record.id for record in data)
     prompts = []
     for record in data:
-        name = record.id if repeated[record.id] == 1 else f"{record.id}@{record.index}"
+        name = record.id if id_counts[record.id] == 1 else f"{record.id}@{record.index}"
         messages = _messages(record)
         origin = f"{data.path}, record {record.index} (id {record.id!r}), field 'image'"
         images = tuple(ImageRef(data.root, image, origin) for image in record.images)
         for turn in range(1, len(record.turns) + 1):
             if per == "record" and turn < len(record.turns):
                 continue
-            said = messages[: 2 * turn]
+            context = messages[: 2 * turn]
             prompts.append(
                 Prompt(
                     id=f"{name}#{turn}" if per == "turn" and len(record.turns) > 1 else name,
                     source=record.source,
                     image_key=record.image_key,
-                    messages=said,
-                    images=images[: _image_count(said)],
+                    messages=context,
+                    images=images[: _image_count(context)],
                     answer=record.turns[turn - 1].answer,
                     loss_on="last" if per == "turn" else "all",
                 )
@@ -169,31 +189,41 @@ def encode(
     with_answers: bool = True,
     padding_side: Literal["left", "right"] = "right",
 ) -> dict[str, Tensor]:
-    """Model inputs for a batch of prompts, with and without images mixed as they come.
+    """Convert a batch of prompts to model inputs; prompts with and without images may be mixed.
 
-    With answers, `labels` (batch, seq) hold the ids of the assistant's answers and -100 elsewhere: each
-    answer's text and the end-of-turn token that the template writes after it. Where the template writes none
-    after the last answer (LLaVA-1.5), the tokenizer's eos token ends it, as in LLaVA's training. Without
-    answers, rows end in the template's generation prompt; pad them on the left for `generate`. Where a
-    tokenizer merges characters across the start of an answer, the token that holds the answer's first
-    character is labelled, though `generate` starts from the unmerged form.
+    With answers, `labels` (B, S) hold the token ids of the assistant's answers, and -100 elsewhere: each
+    answer's text and the end-of-turn token that the template writes after it. Where the template writes no
+    such token after the last answer (LLaVA-1.5), the tokenizer's eos token ends it, as in LLaVA's training.
+    Where a tokenizer merges characters across the start of an answer, the token that holds the answer's first
+    character is labelled, though `generate` starts from the unmerged form. Without answers, rows end with the
+    template's generation prompt.
 
-    Text that spells one of the tokenizer's special tokens is broken up by a space, so that data can neither
-    place an image nor end a turn. Padding uses the eos token where the tokenizer has no pad token. Nothing is
+    A space breaks up text that spells one of the tokenizer's special tokens, so that data can neither insert
+    an image nor end a turn. The eos token is the padding where the tokenizer has no pad token. Nothing is
     truncated.
 
-    Raises `ValueError` for no prompts, and where the chat template is such that answers cannot be found in
-    its output; `DatasetError` for an image that cannot be decoded.
+    Args:
+        processor: The model's processor.
+        prompts: The prompts, at least one.
+        with_answers: Whether to include the last answers and return labels.
+        padding_side: Side of the padding; `generate` needs "left".
+
+    Returns:
+        The processor's tensors by name, such as `input_ids` (B, S) and `attention_mask` (B, S), and `labels`.
+
+    Raises:
+        ValueError: There are no prompts, or the answers cannot be located in the chat template's output.
+        DatasetError: An image cannot be decoded.
     """
     if not prompts:
         raise ValueError("no prompts to encode")
     tokenizer: Any = getattr(processor, "tokenizer", processor)
-    marked = chat_texts(processor, prompts, with_answers)
-    texts = [text for text, _ in marked]
+    chats = chat_texts(processor, prompts, with_answers)
+    texts = [text for text, _ in chats]
 
     arguments: dict[str, Any] = {"add_special_tokens": not writes_bos(tokenizer, texts)}
-    images = [loaded for prompt in prompts if (loaded := prompt.load_images())]
-    with pad_token_set(tokenizer):
+    images = [pictures for prompt in prompts if (pictures := prompt.load_images())]
+    with temporary_pad_token(tokenizer):
         batch = processor(
             text=texts,
             **({"images": images} if images else {}),
@@ -206,40 +236,40 @@ def encode(
     if with_answers:
         placeholders = placeholder_ids_of(processor, tokenizer)
         inputs["labels"] = torch.full_like(inputs["input_ids"], IGNORED)
-        for row, (prompt, (text, spans)) in enumerate(zip(prompts, marked, strict=True)):
-            where = inputs["attention_mask"][row].nonzero().squeeze(1)
-            ids = inputs["input_ids"][row, where]
+        for row, (prompt, (text, spans)) in enumerate(zip(prompts, chats, strict=True)):
+            columns = inputs["attention_mask"][row].nonzero().squeeze(1)
+            ids = inputs["input_ids"][row, columns]
             answer = answer_positions(
                 tokenizer, text, spans, ids.tolist(), placeholders, arguments, prompt.id
             )
-            inputs["labels"][row, where[answer]] = ids[answer]
+            inputs["labels"][row, columns[answer]] = ids[answer]
     return inputs
 
 
 def chat_texts(
     processor: ProcessorMixin, prompts: Sequence[Prompt], with_answers: bool = True
 ) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Each conversation as the chat template writes it, and the spans of its characters that carry loss.
+    """Render each conversation by the chat template, and find the spans of characters that carry loss.
 
-    Without answers, the last answer is left out and asked for.
+    Without answers, the generation prompt replaces the last answer, and there are no spans.
     """
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     special = special_tokens(processor, tokenizer)
-    unsafe = any_of(special)
-    chats = [[defused(message, unsafe) for message in prompt.messages] for prompt in prompts]
+    pattern = literal_pattern(special)
+    chats = [[break_special_tokens(message, pattern) for message in prompt.messages] for prompt in prompts]
     if not with_answers:
-        return [(render(processor, chat[:-1], generation_prompt=True), []) for chat in chats]
-    end = tokenizer.eos_token or ""
+        return [(render_chat(processor, chat[:-1], generation_prompt=True), []) for chat in chats]
+    eos = tokenizer.eos_token or ""
     return [
-        answered(processor, prompt.id, chat, special, end, every=prompt.loss_on == "all")
+        render_with_answers(processor, prompt.id, chat, special, eos, every=prompt.loss_on == "all")
         for prompt, chat in zip(prompts, chats, strict=True)
     ]
 
 
 def text_token_ids(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Ids of each prompt's text tokens, as `encode` without answers gives them: no placeholder, no padding.
+    """Token ids of each prompt's text, as in `encode` without answers: no placeholder and no padding.
 
-    No image is opened. Tokens that a processor itself writes around its placeholders are not among them.
+    No image is opened. The ids do not include tokens that a processor adds around its placeholders.
     """
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     placeholders = placeholder_ids_of(processor, tokenizer)
@@ -249,25 +279,25 @@ def text_token_ids(processor: ProcessorMixin, prompts: Sequence[Prompt]) -> list
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token negative log-likelihood of each row's labelled tokens, in nats: shape (batch,).
+    """Mean next-token negative log-likelihood of each row's labelled tokens, in nats: shape (B,).
 
-    `logits` (batch, seq, vocabulary) at position t predict `labels` (batch, seq) at t + 1; -100 carries no
-    loss. Computed in float32 (float64 for such logits), row by row, so that a row's loss does not depend on
-    its neighbours. Raises `ValueError` for a row without labels.
+    `logits` (B, S, vocabulary) at position t predict `labels` (B, S) at t + 1; -100 carries no loss. The loss
+    is computed in float32 (in float64 for float64 logits) and row by row, so that it does not depend on the
+    other rows. Raises `ValueError` for a row without labels.
     """
     targets = labels[:, 1:]
-    kept = targets != IGNORED
-    counts = kept.sum(dim=1).tolist()
+    labelled = targets != IGNORED
+    counts: list[int] = labelled.sum(dim=1).tolist()
     if 0 in counts:
         rows = [row for row, count in enumerate(counts) if count == 0]
         raise ValueError(f"rows {rows} have no answer token to compute a loss on")
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses = F.cross_entropy(logits[:, :-1][kept].to(wide), targets[kept], reduction="none")
-    return torch.stack([row.mean() for row in losses.split(counts)])
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = F.cross_entropy(logits[:, :-1][labelled].to(dtype), targets[labelled], reduction="none")
+    return torch.stack([row.mean() for row in torch.split(losses, counts)])
 
 
 def _content(question: str, images: int) -> list[dict[str, str]]:
-    """Content parts of a question about images: each mark an image, in place; without marks, images first."""
+    """Content parts of a question: each mark becomes an image; without marks, `images` images come first."""
     pieces = question.split(IMAGE_MARK)
     if len(pieces) == 1:
         return [{"type": "image"}] * images + [text_part(question)]
@@ -284,6 +314,7 @@ def _content(question: str, images: int) -> list[dict[str, str]]:
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
+    """Chat messages of a record's turns."""
     unmarked = not any(IMAGE_MARK in turn.question for turn in record.turns)
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(record.turns):

@@ -1,7 +1,7 @@
-"""The range of skip weights λ that an environment plays and a policy answers for.
+"""The range of skip weights λ that an environment draws from and a policy covers.
 
-One λ leaves the observation as it is. A range draws λ for each episode and shows it to the policy, so that
-one policy serves every trade between loss and saving.
+A single λ leaves the observation as it is. With a range, each episode draws a λ and the observation includes
+it, so that one policy covers every trade-off between loss and saving.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 POWER = 1.5
-"""Weights are drawn as this power of what is uniform over the range, and features cut it likewise."""
-BEYOND = 0.1
-"""Share of the range by which draws reach beyond each of its ends, where they are taken for the end."""
-FEATURES = 16
-"""Features that show λ. One number would drown among hundreds of an observation's."""
+"""Drawn weights, and the bounds of the features' intervals, are uniform values to this power."""
+OVERSHOOT = 0.1
+"""Share of the range by which draws reach beyond each end, before they are clipped to the range."""
+NUM_FEATURES = 16
+"""Features that represent λ; a single one would carry little weight beside hundreds of other features."""
 
 
 @dataclass(frozen=True)
 class SkipWeights:
-    """The skip weights from `low` to `high`, both included; equal ends mean one λ.
+    """The skip weights from `low` to `high`, both included; equal ends are a single λ.
 
-    Raises `ValueError` unless both are finite, at least 0, and in order.
+    Raises `ValueError` unless both are finite, at least 0, and in ascending order.
     """
 
     low: float
@@ -32,16 +32,19 @@ class SkipWeights:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.low) and np.isfinite(self.high) and 0 <= self.low <= self.high):
-            shown = self.low if self.low == self.high else (self.low, self.high)
+            value = self.low if self.low == self.high else (self.low, self.high)
             raise ValueError(
-                f"skip_weight {shown!r}: give a finite weight of at least 0, or two in ascending order"
+                f"skip_weight {value!r}: give a finite weight of at least 0, or two in ascending order"
             )
         object.__setattr__(self, "low", float(self.low))
         object.__setattr__(self, "high", float(self.high))
 
     @classmethod
     def of(cls, value: float | Sequence[float] | SkipWeights) -> SkipWeights:
-        """`value` as a range: one λ, two ends, or a range already."""
+        """Convert a single λ, the two ends of a range, or a range, to a range.
+
+        Raises `ValueError` for a sequence of another length, and for bad ends.
+        """
         if isinstance(value, SkipWeights):
             return value
         ends = np.asarray(value, dtype=np.float64)
@@ -51,16 +54,16 @@ class SkipWeights:
 
     @property
     def single(self) -> bool:
-        """Whether there is only one λ."""
+        """Whether the range is a single λ."""
         return self.low == self.high
 
     @property
-    def features(self) -> int:
-        """F, how many features show λ; none for one λ."""
-        return 0 if self.single else FEATURES
+    def num_features(self) -> int:
+        """Number F of features that represent λ; 0 for a single λ."""
+        return 0 if self.single else NUM_FEATURES
 
     def check(self, skip_weight: float) -> float:
-        """`skip_weight` where it is in the range; `ValueError` naming the range otherwise."""
+        """Return `skip_weight` as a float; `ValueError` where it is outside the range."""
         value = float(skip_weight)
         if not self.low <= value <= self.high:
             raise ValueError(
@@ -69,22 +72,23 @@ class SkipWeights:
         return value
 
     def draw(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
-        """`count` weights over the range: denser where they are small, since a little more λ changes the best
-        layer most there, and a twelfth of them at either end, which has neighbours on one side alone.
+        """Draw `count` weights from the range: float64 (count,). A single λ draws nothing from `rng`.
 
-        One λ takes nothing from `rng`.
+        The density is higher where λ is small, since the best layer changes most there. About a twelfth of
+        the draws falls on either end, because an end has neighbours on one side only.
         """
         if self.single:
             return np.full(count, self.low)
-        position = np.clip(rng.uniform(-BEYOND, 1 + BEYOND, count), 0, 1)
+        position = np.clip(rng.uniform(-OVERSHOOT, 1 + OVERSHOOT, count), 0, 1)
         return np.clip(self.low + (self.high - self.low) * position**POWER, self.low, self.high)
 
-    def feature(self, skip_weights: ArrayLike) -> NDArray[np.float32]:
-        """What the policy sees of each of `skip_weights` (n,): float32 (n, F) in [-1, 1].
+    def features_of(self, skip_weights: ArrayLike) -> NDArray[np.float32]:
+        """Represent each of `skip_weights` (n,) for the policy: float32 (n, F) in [-1, 1].
 
-        The range is cut into F pieces, shorter where λ is small, from which as many are drawn; feature i
-        rises from -1 to 1 across piece i and is flat elsewhere. Together they say λ exactly, weigh as much as
-        F of the observation's features, and let a linear layer treat each piece in its own way.
+        F intervals divide the range, shorter where λ is small, each with the same share of draws. Feature i
+        rises from -1 to 1 across interval i and is constant elsewhere. Together, the features determine λ
+        exactly, weigh as much as F features of the observation, and let a linear layer treat each interval
+        separately.
 
         Raises `ValueError` for a weight outside the range.
         """
@@ -93,9 +97,9 @@ class SkipWeights:
             self.check(value)
         if self.single:
             return np.zeros((len(values), 0), dtype=np.float32)
-        position = ((values - self.low) / (self.high - self.low)) ** (1 / POWER) * FEATURES
-        pieces = np.clip(position[:, None] - np.arange(FEATURES), 0, 1)
-        return (2 * pieces - 1).astype(np.float32)
+        position = ((values - self.low) / (self.high - self.low)) ** (1 / POWER) * NUM_FEATURES
+        fractions = np.clip(position[:, None] - np.arange(NUM_FEATURES), 0, 1)
+        return (2 * fractions - 1).astype(np.float32)
 
     def __str__(self) -> str:
         return f"{self.low:g}" if self.single else f"{self.low:g} to {self.high:g}"

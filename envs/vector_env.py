@@ -1,7 +1,7 @@
-"""The same environment for stable-baselines3, many prompts at a time.
+"""The insert-layer environment for stable-baselines3, with many prompts per step.
 
-One class steps every sub-environment with array operations and runs the backbone on whole blocks, where a
-`DummyVecEnv` of `InsertLayerEnv` would ask for one prompt after the other.
+One class steps all sub-environments with array operations and runs the backbone on whole groups of prompts,
+where a `DummyVecEnv` of `InsertLayerEnv` would run it on one prompt after another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from deepinsert.envs.rewards.table import Bonus, RewardTable
 
-from .insert_layer_env import check_prompt
+from .insert_layer_env import check_prompt_index
 from .observations import LIMIT, check_observations
 from .skip_weights import SkipWeights
 
@@ -27,26 +27,29 @@ from .skip_weights import SkipWeights
 class InsertLayerVecEnv(VecEnv):
     """`num_envs` copies of `InsertLayerEnv` on one reward table, in stable-baselines3's vector interface.
 
-    `observations` (P, hidden) are normalised already; they are clipped to [-10, 10]. Rewards that the table
-    does not know are computed when needed, in its blocks. `table` may be a folder with a complete table.
-
-    `skip_weight` is one λ, or the two ends of a range: every episode then draws its own λ, and its features
-    (`SkipWeights.feature`) follow the prompt's in the observation.
-
-    With `relative_to_layer_0` a reward is reduced by that of the same prompt at layer 0 (at the shallowest
-    candidate where layer 0 is none). This subtracts a constant from each prompt, so no optimum moves, but
-    the prompts' difficulty, which no action changes, no longer drowns what an action does.
+    Rewards that the table lacks are computed when they are needed, in the table's groups. All
+    sub-environments draw from one generator: the same `seed` gives the same prompts in the same order.
+    `seed(s)` takes effect at the next `reset`. `get_state` and `set_state` carry the generator, the current
+    prompts and their λ, so that a resumed run is bit-identical.
 
     Each info holds `prompt`, `prompt_id`, `skip_weight`, `insert_layer`, `loss` (nats), `bonus` (in [0, 1])
-    and `reward`, the reward before that shift, beside stable-baselines3's `terminal_observation` and
-    `TimeLimit.truncated`.
+    and `reward` (before the shift of `relative_to_layer_0`), beside stable-baselines3's
+    `terminal_observation` and `TimeLimit.truncated`.
 
-    All sub-environments draw from one generator: the same `seed` gives the same prompts in the same order.
-    `seed(s)` takes effect at the next `reset`. `get_state` and `set_state` carry the generator, the prompts
-    in play and their λ, for a resume that is equal to the last bit.
+    Args:
+        table: A reward table, or the folder of a complete one.
+        observations: Normalised observations (P, D) of the table's prompts, which are clipped to [-10, 10].
+        num_envs: Number of sub-environments, at least 1.
+        skip_weight: λ, or the two ends of a range; with a range, every episode draws its λ, and F features of
+            it (`SkipWeights.features_of`) follow the prompt's in the observation.
+        bonus: "depth", "flops" or "time".
+        relative_to_layer_0: Whether to subtract from a reward that of the same prompt at layer 0 (or at the
+            shallowest candidate without layer 0). This is a constant per prompt, so the optimum stays the
+            same, but the prompts' difficulty no longer hides the effect of an action.
+        seed: Seed of the generator.
     """
 
-    render_mode: str | None = None  # the base class asks for it before it is set
+    render_mode: str | None = None  # The base class reads it before `__init__` sets it.
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class InsertLayerVecEnv(VecEnv):
         self.skip_weights = SkipWeights.of(skip_weight)
         self.bonuses = self.table.bonus(bonus)
         self.relative_to_layer_0 = relative_to_layer_0
-        self.num_envs = num_envs  # get_attr, which the base class calls, needs it
+        self.num_envs = num_envs  # The base class calls `get_attr`, which needs it.
         self._rng = np.random.default_rng(seed)
         self._prompts: NDArray[np.int64] = np.zeros(num_envs, dtype=np.int64)
         self._weights: NDArray[np.float64] = np.full(num_envs, self.skip_weights.low)
@@ -77,35 +80,35 @@ class InsertLayerVecEnv(VecEnv):
             spaces.Box(
                 -LIMIT,
                 LIMIT,
-                (self.observations.shape[1] + self.skip_weights.features,),
+                (self.observations.shape[1] + self.skip_weights.num_features,),
                 np.float32,
             ),
             spaces.Discrete(len(self.insert_layers)),
         )
 
     def reset(self) -> NDArray[np.float32]:
-        """New prompts for every sub-environment; observations (num_envs, hidden), with F more for a range.
+        """Draw a prompt per sub-environment; returns observations (num_envs, D + F).
 
-        `set_options({"prompt": i, "skip_weight": λ})` before it chooses a sub-environment's first episode.
+        A preceding `set_options({"prompt": i, "skip_weight": λ})` sets the first episode instead.
         """
         if self._seeds[0] is not None:
             self._rng = np.random.default_rng([seed for seed in self._seeds if seed is not None])
         self._draw()
         for index, options in enumerate(self._options):
             if options.get("prompt") is not None:
-                self._prompts[index] = check_prompt(options["prompt"], len(self.table))
+                self._prompts[index] = check_prompt_index(options["prompt"], len(self.table))
             if options.get("skip_weight") is not None:
                 self._weights[index] = self.skip_weights.check(options["skip_weight"])
         self._reset_seeds()
         self._reset_options()
         self._actions = None
-        return self._start()
+        return self._begin_episodes()
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
-        """Take one action (num_envs,) for each prompt in play."""
+        """Set the actions (num_envs,) on the current prompts; `ValueError` for actions out of range."""
         actions = np.asarray(actions)
-        known = (actions >= 0) & (actions < len(self.insert_layers))
-        if actions.shape != (self.num_envs,) or not known.all():
+        in_range = (actions >= 0) & (actions < len(self.insert_layers))
+        if actions.shape != (self.num_envs,) or not in_range.all():
             raise ValueError(
                 f"actions {actions!r}: expected {self.num_envs} indices below {len(self.insert_layers)}"
             )
@@ -114,15 +117,18 @@ class InsertLayerVecEnv(VecEnv):
     def step_wait(
         self,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Rewards of the actions taken, and the next prompts' observations: every step ends an episode."""
+        """Return the next prompts' observations, rewards, dones and infos; every step ends an episode.
+
+        Raises `RuntimeError` without a preceding `step_async`.
+        """
         if self._actions is None:
             raise RuntimeError("step_wait() without step_async()")
         prompts, weights, columns, self._actions = self._prompts, self._weights, self._actions, None
         loss, bonus, reward = self._rewards(prompts, weights, columns)
-        paid = reward
+        shifted_reward = reward
         if self.relative_to_layer_0:
-            paid = reward - self._rewards(prompts, weights, np.zeros_like(columns))[2]
-        final = self.observe(prompts, weights)
+            shifted_reward = reward - self._rewards(prompts, weights, np.zeros_like(columns))[2]
+        terminal_observations = self.observe(prompts, weights)
         infos = [
             {
                 "prompt": int(prompt),
@@ -132,24 +138,24 @@ class InsertLayerVecEnv(VecEnv):
                 "loss": float(loss[index]),
                 "bonus": float(bonus[index]),
                 "reward": float(reward[index]),
-                "terminal_observation": final[index],
+                "terminal_observation": terminal_observations[index],
                 "TimeLimit.truncated": False,
             }
             for index, (prompt, column) in enumerate(zip(prompts, columns, strict=True))
         ]
         self._draw()
-        done = np.ones(self.num_envs, dtype=np.bool_)
-        return self._start(), paid.astype(np.float32), done, infos
+        dones = np.ones(self.num_envs, dtype=np.bool_)
+        return self._begin_episodes(), shifted_reward.astype(np.float32), dones, infos
 
     def observe(self, prompts: NDArray[np.int64], skip_weights: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Observations (n, hidden + F) of the prompts (n,) under the skip weights (n,)."""
-        seen = self.observations[prompts]
+        """Observations (n, D + F) of the prompts (n,) under the skip weights (n,)."""
+        observations = self.observations[prompts]
         if self.skip_weights.single:
-            return seen
-        return np.concatenate([seen, self.skip_weights.feature(skip_weights)], axis=1)
+            return observations
+        return np.concatenate([observations, self.skip_weights.features_of(skip_weights)], axis=1)
 
     def get_state(self) -> dict[str, Any]:
-        """Generator, prompts in play and their λ, fit for JSON; take it between two steps."""
+        """Generator state, current prompts and their λ, as JSON values; call it between two steps."""
         return {
             "rng": self._rng.bit_generator.state,
             "prompts": self._prompts.tolist(),
@@ -157,8 +163,12 @@ class InsertLayerVecEnv(VecEnv):
         }
 
     def set_state(self, state: dict[str, Any]) -> NDArray[np.float32]:
-        """Continue where `get_state` was called. Returns the observations of the prompts in play."""
-        prompts = [check_prompt(prompt, len(self.table)) for prompt in state["prompts"]]
+        """Continue from the state of `get_state`; returns the observations of the current prompts.
+
+        Raises `ValueError` for a state of another number of sub-environments, and for prompts or skip weights
+        that this environment does not have.
+        """
+        prompts = [check_prompt_index(prompt, len(self.table)) for prompt in state["prompts"]]
         weights = [self.skip_weights.check(weight) for weight in state["skip_weights"]]
         if not len(prompts) == len(weights) == self.num_envs:
             raise ValueError(f"the state holds {len(prompts)} prompts in play, not {self.num_envs}")
@@ -169,11 +179,12 @@ class InsertLayerVecEnv(VecEnv):
         return self.observe(self._prompts, self._weights)
 
     def _draw(self) -> None:
+        """Draw the current prompts and their skip weights."""
         self._prompts = self._rng.integers(len(self.table), size=self.num_envs)
         self._weights = self.skip_weights.draw(self._rng, self.num_envs)
 
-    def _start(self) -> NDArray[np.float32]:
-        """Observations of the prompts in play, whose infos are set."""
+    def _begin_episodes(self) -> NDArray[np.float32]:
+        """Set the infos of the current prompts, and return their observations."""
         self.reset_infos = [
             {"prompt": int(prompt), "skip_weight": float(weight)}
             for prompt, weight in zip(self._prompts, self._weights, strict=True)
@@ -183,20 +194,21 @@ class InsertLayerVecEnv(VecEnv):
     def _rewards(
         self, prompts: NDArray[np.int64], weights: NDArray[np.float64], columns: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Losses (nats), bonuses and rewards, each (num_envs,); the table computes losses that it lacks."""
         self.table.compute(prompts, columns)
         loss, bonus = self.table.losses[prompts, columns], self.bonuses[prompts, columns]
         return loss, bonus, -loss + weights * bonus
 
     def close(self) -> None:
-        """Add the rewards computed since the last time to the table's folder, where it has one."""
+        """Write newly computed rewards to the table's folder, where it has one."""
         self.table.flush()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The attribute, which all sub-environments share, once for each of `indices`."""
+        """The attribute, which all sub-environments share, once per index in `indices`."""
         return [getattr(self, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of all sub-environments; `ValueError` for some of them, since they share it."""
+        """Set an attribute of all sub-environments; `ValueError` for a part of them, since they share it."""
         if len(list(self._get_indices(indices))) != self.num_envs:
             raise ValueError(
                 f"{attr_name}: the sub-environments share their attributes, set it for all of them"
@@ -206,7 +218,7 @@ class InsertLayerVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Not available: there are no single environments to call."""
+        """Raise `NotImplementedError`: there are no single environments to call."""
         raise NotImplementedError(
             f"{method_name}: InsertLayerVecEnv has no single environments to call a method of"
         )
@@ -214,9 +226,9 @@ class InsertLayerVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """False for each of `indices`."""
+        """Return False per index in `indices`."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """None for each sub-environment: a prompt has no rendering."""
+        """Return None per sub-environment: there is nothing to render."""
         return [None] * self.num_envs

@@ -38,7 +38,7 @@ def fit_policy(table, observations, skip_weights, backbone=("none", "none"), ste
     normaliser = Normaliser.fit(observations)
     rng = np.random.default_rng(0)
     seen = normaliser(observations)
-    width = seen.shape[1] + skip_weights.feature([skip_weights.low]).shape[1]
+    width = seen.shape[1] + skip_weights.features_of([skip_weights.low]).shape[1]
     generator = torch.Generator().manual_seed(0)
     shapes = [(64, width), (len(table.insert_layers), 64)]
     layers = [
@@ -49,7 +49,7 @@ def fit_policy(table, observations, skip_weights, backbone=("none", "none"), ste
     losses, bonus = torch.tensor(table.losses), torch.tensor(table.bonus("depth"))
     for _ in range(steps):
         weights = skip_weights.draw(rng, len(table))
-        inputs = torch.from_numpy(np.concatenate([seen, skip_weights.feature(weights)], axis=1))
+        inputs = torch.from_numpy(np.concatenate([seen, skip_weights.features_of(weights)], axis=1))
         hidden = torch.tanh(inputs @ layers[0][0].T + layers[0][1])
         chances = torch.softmax(hidden @ layers[1][0].T + layers[1][1], dim=1)
         rewards = -losses + torch.tensor(weights)[:, None] * bonus

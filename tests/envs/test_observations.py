@@ -248,7 +248,7 @@ def test_what_cannot_be_observed_is_refused(tiny_backbone, prompts):
 
 def test_a_model_that_always_encodes_an_image_is_refused(prompts):
     model = deep_insert(FAMILIES["blip-2"].model())
-    with pytest.raises(ValueError, match="Blip2ForConditionalGeneration runs with an image alone"):
+    with pytest.raises(ValueError, match="Blip2ForConditionalGeneration cannot run without an image"):
         Observation(1)(Backbone(model, None, "blip"), prompts[:1])  # type: ignore[arg-type]
 
 

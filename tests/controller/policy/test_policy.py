@@ -53,7 +53,7 @@ def ranged(policy):
     """The policy made one for a range, its network taking λ as well, with every optional field filled."""
     (weight, bias), *others = policy.network
     skip_weights = SkipWeights(0.1, 1.0)
-    width = skip_weights.feature([0.1]).shape[1]
+    width = skip_weights.features_of([0.1]).shape[1]
     generator = torch.Generator().manual_seed(0)
     extra = torch.randn(len(bias), width, generator=generator)
     return dataclasses.replace(
@@ -126,7 +126,9 @@ def test_survives_saving(kind, table, tmp_path, request):
 def test_skip_weight_is_what_the_network_sees_beside_the_observation(ranged, table):
     observations = table[1]
     weights = np.random.default_rng(3).uniform(0.1, 1.0, len(observations))
-    inputs = np.concatenate([ranged.normaliser(observations), ranged.skip_weights.feature(weights)], axis=1)
+    inputs = np.concatenate(
+        [ranged.normaliser(observations), ranged.skip_weights.features_of(weights)], axis=1
+    )
     hidden = torch.from_numpy(inputs)
     for weight, bias in ranged.network[:-1]:
         hidden = torch.relu(hidden @ weight.T + bias)

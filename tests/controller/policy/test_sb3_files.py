@@ -103,7 +103,7 @@ def test_a_policy_over_a_range_can_be_asked_for_a_budget(data, tiny_backbone):
     assert policy.algorithm == "sb3" and policy.skip_weight == 1.0
     assert policy.training.prompts == 40 and len(policy.training.frontier) == 13
     weights = np.linspace(0.1, 1.0, 40)
-    inputs = np.concatenate([normaliser(observations), policy.skip_weights.feature(weights)], axis=1)
+    inputs = np.concatenate([normaliser(observations), policy.skip_weights.features_of(weights)], axis=1)
     wanted = model.predict(inputs, deterministic=True)[0]
     assert (policy.columns(observations, weights) == wanted).all()
     assert policy.asked_skip_weight(flops_ratio=1.0) == 0.1
