@@ -1,4 +1,4 @@
-"""What many tests share: the embedded backbone, and instructions rendered once."""
+"""Fixtures for all tests: the embedded backbone, small random backbones, and rendered instructions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(scope="session")
 def tiny_backbone():
-    """The backbone that comes with the package, on the CPU; tests leave its insert layer as it was."""
+    """The backbone in the package, on the CPU; tests must leave its insert layer as it is."""
     from deepinsert.backbones import load_backbone
 
     return load_backbone("tiny", device="cpu")
@@ -20,7 +20,7 @@ def tiny_backbone():
 
 @pytest.fixture(scope="session", params=["llava_next", "qwen2_5_vl"])
 def small_backbone(request):
-    """A small random model with its real processor: tiles and newlines; grids and 3-D positions."""
+    """A small random model with a real processor: one with image tiles, one with grids and 3-D positions."""
     from small_backbones import BUILDERS
 
     return BUILDERS[request.param]()
@@ -28,7 +28,7 @@ def small_backbone(request):
 
 @pytest.fixture(scope="session")
 def rendered_data(tmp_path_factory) -> Path:
-    """`instructions.json` with its images beside it: a few dozen questions of every source."""
+    """Path of an `instructions.json` beside its images: a few dozen questions of every source."""
     from deepinsert.envs.data.rendering import render_instructions
 
     return render_instructions(tmp_path_factory.mktemp("rendered"), images=24, seed=1)

@@ -1,4 +1,4 @@
-"""Real image files for readers' tests."""
+"""Writes and encodes real image files for the data readers' tests."""
 
 import base64
 import io

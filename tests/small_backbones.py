@@ -1,4 +1,4 @@
-"""Small random models of real families together with processors that fit them."""
+"""Small random models of real families, together with matching processors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deepinsert.backbones import Backbone, deep_insert
 def llava_next_backbone() -> Backbone:
     processor = llava_next()
     config = LlavaNextConfig(
-        text_config={"model_type": "mistral", "sliding_window": None, **words_of(processor)},
+        text_config={"model_type": "mistral", "sliding_window": None, **text_arguments(processor)},
         vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 28, "patch_size": 14},
         image_token_id=processor.image_token_id,
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
@@ -43,7 +43,7 @@ def qwen2_5_vl_backbone() -> Backbone:
         }.items()
     }
     config = Qwen2_5_VLConfig(
-        text_config={**words_of(processor), "rope_parameters": ROTARY},
+        text_config={**text_arguments(processor), "rope_parameters": ROTARY},
         vision_config={**GRID_VISION, "fullatt_block_indexes": [1], "patch_size": 14, "window_size": 56},
         **ids,
     )
@@ -53,27 +53,30 @@ def qwen2_5_vl_backbone() -> Backbone:
 BUILDERS = {"llava_next": llava_next_backbone, "qwen2_5_vl": qwen2_5_vl_backbone}
 
 
-def words_of(processor: Any) -> dict[str, Any]:
-    """The text configuration of the zoo, with the vocabulary of `processor`."""
+def text_arguments(processor: Any) -> dict[str, Any]:
+    """Arguments of the zoo's text configuration, with the vocabulary of `processor`."""
     tokenizer = processor.tokenizer
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return {**TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **special}
 
 
-def backbone(name: str, kind: type[PreTrainedModel], config: Any, processor: Any) -> Backbone:
-    """Large random matrices, so that a wrong row shows; answers are words, and as many as asked for."""
+def backbone(name: str, model_class: type[PreTrainedModel], config: Any, processor: Any) -> Backbone:
+    """A backbone with large random weights, so that a wrong row changes the output visibly.
+
+    Generation yields printable words only, and never ends before its length limit.
+    """
     torch.manual_seed(0)
-    model = kind(config).eval()
+    model = model_class(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim >= 2:
                 weight.mul_(8.0)
     model.generation_config.eos_token_id = None
     words = processor.tokenizer.batch_decode([[token] for token in range(len(processor.tokenizer))])
-    silent = [
+    unprintable = [
         token
         for token, word in enumerate(words)
         if not (word.isascii() and word.isprintable() and word.strip(" <>|"))
     ]
-    model.generation_config.suppress_tokens = silent + processor.tokenizer.all_special_ids
+    model.generation_config.suppress_tokens = unprintable + processor.tokenizer.all_special_ids
     return Backbone(model=deep_insert(model), processor=processor, name=name)

@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks as much of the Hub as an upload needs, and keeps what arrives."""
+"""A real HTTP server with the part of the Hub's API that an upload needs; it stores all uploaded files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 USERS = {"hf_writer": "me", "hf_reader": "reader"}
-"""Who each token belongs to; `hf_reader` may not write, and any other token is unknown."""
+"""The user of each token; `hf_reader` may not write, and the server rejects any other token."""
 CUT_OFF = "hf_cut"
-"""Requests with this token get no answer: the line is cut."""
+"""The server closes the connection of requests with this token without an answer."""
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by id: `private`, and the bytes of each file that a commit has put there."""
+    """Repositories by id: `private`, and in `files` the content of each committed file by path."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Requests)
@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def small_hub() -> Iterator[Hub]:
+    """Run a hub in a thread inside the block."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
@@ -43,6 +44,8 @@ def small_hub() -> Iterator[Hub]:
 
 
 class Requests(BaseHTTPRequestHandler):
+    """Handles the requests of a `Hub`."""
+
     server: Hub
     protocol_version = "HTTP/1.1"
 
@@ -78,24 +81,24 @@ class Requests(BaseHTTPRequestHandler):
         elif path[:2] == ["api", "models"] and path[4] == "commit":
             self.commit("/".join(path[2:4]), [json.loads(line) for line in body.splitlines()])
         else:
-            self.answer({"error": f"no {self.path} here"}, 404)
+            self.answer({"error": f"{self.path} does not exist"}, 404)
 
     def do_PUT(self) -> None:
         self.server.large[self.path.rpartition("/")[2]] = self.body()
         self.answer({})
 
-    def create(self, asked: dict[str, Any], user: str) -> None:
-        name = f"{asked.get('organization') or user}/{asked['name']}"
-        there = name in self.server.files
+    def create(self, request: dict[str, Any], user: str) -> None:
+        name = f"{request.get('organization') or user}/{request['name']}"
+        exists = name in self.server.files
         self.server.files.setdefault(name, {})
         self.server.private.setdefault(
-            name, asked.get("visibility") == "private" or bool(asked.get("private"))
+            name, request.get("visibility") == "private" or bool(request.get("private"))
         )
-        self.answer({"url": f"{self.server.address}/{name}", "id": name}, 409 if there else 200)
+        self.answer({"url": f"{self.server.address}/{name}", "id": name}, 409 if exists else 200)
 
-    def batch(self, asked: dict[str, Any]) -> None:
+    def batch(self, request: dict[str, Any]) -> None:
         objects = []
-        for entry in asked["objects"]:
+        for entry in request["objects"]:
             upload = {"href": f"{self.server.address}/large/{entry['oid']}"}
             verify = {"href": f"{self.server.address}/verify/{entry['oid']}"}
             objects.append({**entry, "actions": {"upload": upload, "verify": verify}})
@@ -138,4 +141,4 @@ class Requests(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Tests read what arrived, not a log."""
+        """Write no log; tests read the stored files."""

@@ -1,4 +1,4 @@
-"""Small processors of real families: their image halves, templates and kinds of tokenizers, trained here."""
+"""Small processors of real families: their image processors and templates, with tokenizers trained here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deepinsert.backbones.compat.transformers import pil_image_processor
 
 TINY = Path(__file__).parents[1] / "backbones" / "tiny"
 
-# The published checkpoints' templates. LLaVA-1.5 writes no end token and LLaVA-NeXT (Mistral) misspells it.
+# Templates of the published checkpoints: LLaVA-1.5 writes no end token, LLaVA-NeXT (Mistral) misspells it.
 IMAGES = "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
 TEXTS = "{% for part in message['content'] if part['type'] == 'text' %}"
 LLAVA_TEMPLATE = (
@@ -59,7 +59,7 @@ CORPUS = [
 
 
 def byte_level_tokenizer(eos: str, *, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
-    """As of Qwen2 and GPT-2: spaces belong to the word after them."""
+    """A tokenizer like those of Qwen2 and GPT-2, in which a space belongs to the next word."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -75,14 +75,16 @@ def byte_level_tokenizer(eos: str, *, trim_offsets: bool = False) -> PreTrainedT
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """As of Llama: "▁" before words, a beginning-of-text token by the tokenizer, no pad token."""
+    """A tokenizer like Llama's, with "▁" before words, a beginning-of-text token and no pad token."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     core.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *SPECIAL, *bytes_], show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<unk>", *SPECIAL, *byte_tokens], show_progress=False
+        ),
     )
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
@@ -91,7 +93,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class OnevisionWithoutVideo(LlavaOnevisionProcessor):
-    """The stock processor on a machine without torchvision, which its video half needs."""
+    """The stock processor without its video processor, which needs torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -99,7 +101,7 @@ class OnevisionWithoutVideo(LlavaOnevisionProcessor):
 
 
 class QwenWithoutVideo(Qwen2_5_VLProcessor):
-    """The stock processor on a machine without torchvision, which its video half needs."""
+    """The stock processor without its video processor, which needs torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -107,8 +109,9 @@ class QwenWithoutVideo(Qwen2_5_VLProcessor):
 
 
 def llava() -> Any:
-    kind = pil_image_processor("clip", "CLIP")
-    images = kind(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    images = pil_image_processor("clip", "CLIP")(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
     return LlavaProcessor(
         images,
         metaspace_tokenizer(),

@@ -1,4 +1,4 @@
-"""Images from untrusted names and bytes: the good ones in RGB, the others refused with a reason."""
+"""Images from untrusted paths and bytes: good ones open in RGB, others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deepinsert.envs.rewards.keys import prompt_keys
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An image root with one red image, and a secret image beside it, outside."""
+    """An image root with one red image, and a secret image outside of it."""
     inside = tmp_path / "root"
     (inside / "coco").mkdir(parents=True)
     Image.new("RGB", (6, 4), "red").save(inside / "coco" / "red.png")
@@ -77,7 +77,7 @@ def test_links_that_stay_inside_are_followed(root: Path) -> None:
         ("iVBORw0KGgoAAAANSUhEUgAA" * 100, "characters long"),
     ],
 )
-def test_names_that_are_no_plain_paths_are_refused(root: Path, name: str, reason: str) -> None:
+def test_bad_paths_are_refused(root: Path, name: str, reason: str) -> None:
     with pytest.raises(DatasetError, match=reason):
         normal_path(name)
     for use in (check_image, open_image):
@@ -96,13 +96,13 @@ def test_names_that_are_no_plain_paths_are_refused(root: Path, name: str, reason
         ("$HOME/secret.png", "No such file"),
     ],
 )
-def test_names_of_nothing_are_refused(root: Path, name: str, reason: str) -> None:
+def test_paths_without_an_image_file_are_refused(root: Path, name: str, reason: str) -> None:
     with pytest.raises(DatasetError, match=reason):
         open_image(root, name)
 
 
 @pytest.mark.parametrize("target", ["../secret.png", "/etc/hostname", "loop", "/dev/zero"])
-def test_links_out_are_refused(root: Path, target: str) -> None:
+def test_links_out_of_the_root_are_refused(root: Path, target: str) -> None:
     (root / "loop").symlink_to(target)
     with pytest.raises(DatasetError, match=r"leads out|symbolic links"):
         open_image(root, "loop")
@@ -114,7 +114,7 @@ def test_folders_that_link_out_are_refused(root: Path, tmp_path: Path) -> None:
     for name in ("up/secret.png", "coco/deep/secret.png"):
         with pytest.raises(DatasetError, match="leads out"):
             open_image(root, name)
-    # A neighbour whose name merely begins like the root's is outside too.
+    # A folder whose name only begins like the root's is outside, too.
     (tmp_path / "root2").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "root2" / "a.png")
     (root / "near").symlink_to("../root2/a.png")
@@ -127,7 +127,7 @@ def test_a_file_swapped_for_a_link_after_it_was_resolved_is_refused(
 ) -> None:
     real_open = os.open
 
-    def swapping_open(path, flags, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def swapping_open(path, flags, *args, **kwargs):
         if path == "red.png":
             (root / "coco" / "red.png").unlink()
             (root / "coco" / "red.png").symlink_to(tmp_path / "secret.png")
@@ -140,7 +140,7 @@ def test_a_file_swapped_for_a_link_after_it_was_resolved_is_refused(
 
 def test_fifos_sockets_and_devices_are_refused_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(root / "fifo")
-    monkeypatch.chdir(root)  # a socket's path must be short
+    monkeypatch.chdir(root)  # A socket's path must be short.
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         for name in ("fifo", "socket"):
@@ -206,7 +206,7 @@ def test_files_that_are_no_images_are_refused_by_the_header(root: Path, content:
 
 
 def test_formats_with_risky_decoders_are_refused(root: Path) -> None:
-    Image.new("RGB", (4, 4)).save(root / "picture.eps")  # decoding it would start Ghostscript
+    Image.new("RGB", (4, 4)).save(root / "picture.eps")  # Decoding it would start Ghostscript.
     with pytest.raises(DatasetError, match="cannot be read as"):
         check_image(root, "picture.eps")
 
@@ -252,7 +252,7 @@ def test_exif_orientation_is_undone(root: Path, orientation: int, corner: tuple[
     assert colour(upright, corner) == (255, 255, 255)
 
 
-def test_broken_exif_does_not_lose_the_image(root: Path) -> None:
+def test_an_image_with_broken_exif_opens(root: Path) -> None:
     Image.new("RGB", (4, 2), "green").save(root / "exif.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xffnonsense")
     assert open_image(root, "exif.png").size == (4, 2)
 
@@ -261,9 +261,7 @@ def test_bytes_within_a_data_file_have_the_same_limits(root: Path) -> None:
     file = io.BytesIO()
     Image.new("RGBA", (6, 4), (0, 0, 0, 0)).save(file, "PNG")
     data = file.getvalue()
-    assert (
-        decode_image(data, "a#1").mode == "RGB" and decode_image(data, "a#1").getpixel((0, 0)) == (255,) * 3
-    )
+    assert colour(decode_image(data, "a#1")) == (255, 255, 255)
     with pytest.raises(DatasetError, match=f"'a#1' has {len(data)} bytes, more than"):
         decode_image(data, "a#1", max_bytes=len(data) - 1)
     with pytest.raises(DatasetError, match="6x4, more than the 23 pixels"):

@@ -1,4 +1,4 @@
-"""Prompts through real processors: tokens, images and labels are those the model's own template asks for."""
+"""Prompts through real processors: tokens, images and labels follow the model's own template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import Prompt, answer_loss, encode, prompts_from, text_token_ids
 
-# What ends a turn, within a conversation and at its end.
+# The text that ends a turn inside a conversation, and the one that ends the last turn.
 ENDS = {
     "llava": ("", "</s>"),
     "llava_next": ("", "</s>"),
@@ -38,7 +38,7 @@ def processor_of(family: str) -> Any:
         return PROCESSORS[family]()
     except ModuleNotFoundError as error:
         pytest.skip(
-            f"transformers {transformers.__version__}: there is no {error.name} for {family}'s images"
+            f"transformers {transformers.__version__}: {error.name}, which {family}'s images need, is missing"
         )
 
 
@@ -81,41 +81,41 @@ def test_labels_are_exactly_the_last_answer_and_its_end(family: str, side: Any) 
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
     for prompt, row in zip(MIXED, batch["labels"], strict=True):
         assert labelled(family, row).lstrip(" ") == prompt.answer + ENDS[family][1]
-    kept = batch["labels"] != -100
-    assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
-    assert batch["attention_mask"][kept].all()
+    mask = batch["labels"] != -100
+    assert torch.equal(batch["labels"][mask], batch["input_ids"][mask])
+    assert batch["attention_mask"][mask].all()
 
 
 def test_loss_on_all_labels_every_answer_but_no_question(family: str) -> None:
     turns = [("What is it?", "A cat."), ("Its colour?", "Black"), ("Sure?", "Yes, black.")]
     batch = encode(processor_of(family), [dialogue((picture(),), *turns, loss_on="all")])
     inner, last = ENDS[family]
-    wanted = "".join(answer + (last if answer == turns[-1][1] else inner) for _, answer in turns)
-    assert labelled(family, batch["labels"][0]).replace(" ", "") == wanted.replace(" ", "")
-    where = (batch["labels"][0] != -100).nonzero().squeeze(1)
-    runs = 1 + int((where.diff() > 1).sum())
+    expected = "".join(answer + (last if answer == turns[-1][1] else inner) for _, answer in turns)
+    assert labelled(family, batch["labels"][0]).replace(" ", "") == expected.replace(" ", "")
+    positions = (batch["labels"][0] != -100).nonzero().squeeze(1)
+    runs = 1 + int((positions.diff() > 1).sum())
     assert runs == 3
 
 
 def test_without_answers_a_row_is_the_start_of_the_row_with_answers(family: str) -> None:
     processor = processor_of(family)
     for prompt in MIXED:
-        asked = encode(processor, [prompt], with_answers=False)
-        assert "labels" not in asked
-        answered = encode(processor, [prompt])
-        start = int((answered["labels"][0] != -100).nonzero()[0])
-        ids = asked["input_ids"][0]
+        question = encode(processor, [prompt], with_answers=False)
+        assert "labels" not in question
+        complete = encode(processor, [prompt])
+        start = int((complete["labels"][0] != -100).nonzero()[0])
+        ids = question["input_ids"][0]
         rendered = processor.apply_chat_template(prompt.messages[:-1], add_generation_prompt=True)
         tail = processor.tokenizer.decode(ids[-3:])
         assert rendered.endswith(tail.lstrip("▁ "))
         if family == "onevision":
-            # Its template writes "assistant \n" before answers and "assistant\n" to ask for one.
+            # Its template writes "assistant \n" before answers, but "assistant\n" as generation prompt.
             same = len(ids) - 1
-            assert processor.tokenizer.decode(answered["input_ids"][0, same:start]).strip(" ") == "\n"
+            assert processor.tokenizer.decode(complete["input_ids"][0, same:start]).strip(" ") == "\n"
         else:
             same = len(ids)
             assert start == same
-        assert torch.equal(answered["input_ids"][0, :same], ids[:same])
+        assert torch.equal(complete["input_ids"][0, :same], ids[:same])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -147,10 +147,10 @@ def test_images_reach_the_processor_in_order(family: str) -> None:
     rows = [dialogue((shades[0],), ("Q", "A")), MIXED[1], dialogue(tuple(shades[1:]), ("Q", "A"))]
     batch = encode(processor, rows)
     red = batch["pixel_values"].double()
-    if family == "qwen2_5_vl":  # rows of patches, so many for an image as the grid says
+    if family == "qwen2_5_vl":  # Rows are patches; the grid has their number per image.
         counts = batch["image_grid_thw"].prod(dim=1).tolist()
         means = [part.mean() for part in red.split(counts)]
-    elif red.ndim == 5:  # images of patches; the first is the whole image
+    elif red.ndim == 5:  # Each image has several tiles; the first is the whole image.
         means = [image[0].mean() for image in red]
     else:
         means = [image.mean() for image in red]
@@ -174,19 +174,19 @@ def test_text_token_ids_are_the_rows_without_placeholders_and_padding(family: st
     assert text_token_ids(processor, MIXED) == rows
 
 
-# Text that wants to be more.
+# Text that spells special tokens.
 
 
-def test_data_can_neither_place_images_nor_end_turns(family: str) -> None:
+def test_data_can_neither_insert_images_nor_end_turns(family: str) -> None:
     processor = processor_of(family)
-    bad = "".join(["<image>", processor.image_token, "</s>", "<|im_end|>", "<|im_start|>"])
-    prompt = Prompt.from_question(f"What is {bad}?", answer=f"It is {bad}.")
+    special = "".join(["<image>", processor.image_token, "</s>", "<|im_end|>", "<|im_start|>"])
+    prompt = Prompt.from_question(f"What is {special}?", answer=f"It is {special}.")
     assert prompt.images == () and "<image>" in prompt.question
     batch = encode(processor, [prompt])
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert processor.image_token_id not in ids
-    special = torch.tensor(processor.tokenizer.all_special_ids)
-    assert int(torch.isin(labels[labels != -100], special).sum()) == 1  # the end of the answer alone
+    special_ids = torch.tensor(processor.tokenizer.all_special_ids)
+    assert int(torch.isin(labels[labels != -100], special_ids).sum()) == 1  # The answer's end token only.
     assert "It is < image>" in labelled(family, labels)
 
 
@@ -195,7 +195,7 @@ def test_an_empty_answer_is_its_end_token(family: str) -> None:
     assert labelled(family, batch["labels"][0]).strip() == ENDS[family][1]
 
 
-def test_a_template_that_defeats_labelling_is_named() -> None:
+def test_a_template_that_changes_answers_is_refused() -> None:
     processor = llava()
     processor.chat_template = "{% for m in messages %}{{ m.content[0].text | upper }}|{% endfor %}"
     with pytest.raises(ValueError, match="chat template of LlavaProcessor does not write answer 'Yes'"):
@@ -282,7 +282,7 @@ def test_a_prompt_for_every_turn(data_file: Path) -> None:
     assert prompts[4].messages[0]["content"] == [{"type": "text", "text": "SVG <image>?"}]
     assert prompts[5].messages[0]["content"][0] == {"type": "image"}
     assert [prompt.source for prompt in prompts] == ["coco"] * 4 + ["text", "coco"]
-    # The turn that comes before the image belongs to the image all the same.
+    # A turn before the image has the image's key, too.
     assert prompts[2].image_key == prompts[3].image_key == "coco/2.png"
 
 
@@ -293,12 +293,12 @@ def test_a_prompt_for_every_record(data_file: Path) -> None:
     assert [len(prompt.messages) for prompt in prompts] == [4, 4, 2, 2]
     assert [prompt.answer for prompt in prompts] == ["Both red.", "A cat", "A tag", "Red"]
     with pytest.raises(ValueError, match="'turns'"):
-        prompts_from(load_instructions(data_file), per="turns")  # type: ignore[arg-type]
+        prompts_from(load_instructions(data_file), per="turns")
 
 
 def test_records_encode_with_their_images(data_file: Path, family: str) -> None:
     for per in ("turn", "record"):
-        prompts = prompts_from(load_instructions(data_file), per=per)  # type: ignore[arg-type]
+        prompts = prompts_from(load_instructions(data_file), per=per)
         batch = encode(processor_of(family), prompts)
         for prompt, row in zip(prompts, batch["labels"], strict=True):
             assert labelled(family, row).endswith(prompt.answer + ENDS[family][1])
@@ -335,8 +335,8 @@ def test_answer_loss_is_the_mean_over_each_rows_answer() -> None:
     logits = torch.randn(2, 5, 7, dtype=torch.float64)
     labels = torch.tensor([[-100, -100, 3, 1, -100], [-100, 2, -100, -100, 6]])
     log = logits.log_softmax(-1)
-    wanted = [-(log[0, 1, 3] + log[0, 2, 1]) / 2, -(log[1, 0, 2] + log[1, 3, 6]) / 2]
-    assert torch.allclose(answer_loss(logits, labels), torch.stack(wanted), rtol=0, atol=1e-12)
+    expected = [-(log[0, 1, 3] + log[0, 2, 1]) / 2, -(log[1, 0, 2] + log[1, 3, 6]) / 2]
+    assert torch.allclose(answer_loss(logits, labels), torch.stack(expected), rtol=0, atol=1e-12)
 
 
 def test_answer_loss_is_float32_and_differentiable_in_half_precision() -> None:
@@ -350,7 +350,7 @@ def test_answer_loss_is_float32_and_differentiable_in_half_precision() -> None:
 
 @pytest.mark.parametrize("labels", [[[-100, 1, 2], [-100, -100, -100]], [[-100, 1, 2], [4, -100, -100]]])
 def test_answer_loss_refuses_rows_without_answer_tokens(labels: list[list[int]]) -> None:
-    # A label at position 0 is predicted by nothing.
+    # No logits predict the label at position 0.
     with pytest.raises(ValueError, match=r"rows \[1\]"):
         answer_loss(torch.zeros(2, 3, 5), torch.tensor(labels))
 

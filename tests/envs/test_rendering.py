@@ -1,4 +1,4 @@
-"""Rendered instructions: the same by seed, never the same on both sides of the split, and true."""
+"""Rendered instructions: reproducible by seed, disjoint between the sides of the split, and correct."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_scene_is_on_one_side(source):
     assert not samples[0] & samples[1]
 
 
-def test_records_are_what_the_reader_expects(tmp_path):
+def test_the_reader_accepts_all_records(tmp_path):
     data = load_instructions(render_instructions(tmp_path, images=30, seed=0), max_bad=0.0)
     ids = [record.id for record in data]
     assert len(set(ids)) == len(ids) and not data.skipped
@@ -74,15 +74,14 @@ def test_records_are_what_the_reader_expects(tmp_path):
 
 
 def test_answers_agree_with_the_pixels():
-    """The most frequent colour that is not the background is the answer to the question about the colour,
-    and its mean position is in the quarter named by the answer to the question about the place."""
+    """The foreground's mean colour, mean position and extent agree with the answers about a single shape."""
     rng = random.Random(1)
-    seen = 0
-    while seen < 40:
+    count = 0
+    while count < 40:
         scene = draw_scene("gqa", rng, "train")
         if len(scene.items) != 1:
             continue
-        seen += 1
+        count += 1
         pixels = np.asarray(render(scene)).astype(int)
         foreground = np.abs(pixels - np.array(scene.background)).sum(-1) > 0
         answers = {q.kind: q.answer for q in questions(scene, rng, ["color", "place", "size"])}
