@@ -168,22 +168,20 @@ def temporary_pad_token(tokenizer: Any) -> Iterator[None]:
 
 
 def answer_positions(
-    tokenizer: Any,
+    processor: Any,
     text: str,
     spans: Sequence[tuple[int, int]],
     ids: list[int],
-    placeholders: frozenset[int],
     arguments: dict[str, Any],
     prompt_id: str,
 ) -> list[int]:
     """Find the tokens of a row that cover an answer's characters.
 
     Args:
-        tokenizer: Tokenizer of the model.
+        processor: Processor of the model.
         text: The rendered conversation, with each placeholder once.
         spans: Spans of the characters of `text` that carry loss.
         ids: Token ids that the processor makes of `text`, without padding.
-        placeholders: Token ids of the placeholders, which the processor repeats.
         arguments: Further arguments of the tokenizer's call.
         prompt_id: Id of the prompt, for errors.
 
@@ -193,8 +191,9 @@ def answer_positions(
     Raises:
         ValueError: `ids` are not the tokens of `text` with placeholders repeated.
     """
+    tokenizer = getattr(processor, "tokenizer", processor)
     plain_ids, covered = plain_tokens(tokenizer, text, spans, arguments)
-    positions = align_tokens(plain_ids, ids, placeholders)
+    positions = align_tokens(plain_ids, ids, placeholder_ids_of(processor, tokenizer))
     if positions is None or not covered:
         raise ValueError(
             f"prompt {prompt_id!r}: the processor's tokens are not its chat text with placeholders repeated, "
@@ -233,23 +232,23 @@ def align_tokens(plain: list[int], expanded: list[int], placeholders: frozenset[
     `expanded` repeats each placeholder of `plain`. A placeholder's position is the start of its repetition.
     """
     positions: list[int] = []
-    here = 0
+    offset = 0
     index = 0
     while index < len(plain):
         first = index
         while index < len(plain) and plain[index] in placeholders:
             index += 1
         if index > first:
-            positions += [here] * (index - first)
-            while here < len(expanded) and expanded[here] in placeholders:
-                here += 1
+            positions += [offset] * (index - first)
+            while offset < len(expanded) and expanded[offset] in placeholders:
+                offset += 1
         end = index
         while end < len(plain) and plain[end] not in placeholders:
             end += 1
         segment = plain[index:end]
-        if expanded[here : here + len(segment)] != segment:
+        if expanded[offset : offset + len(segment)] != segment:
             return None
-        positions += range(here, here + len(segment))
-        here += len(segment)
+        positions += range(offset, offset + len(segment))
+        offset += len(segment)
         index = end
-    return positions if here == len(expanded) else None
+    return positions if offset == len(expanded) else None

@@ -77,7 +77,7 @@ class Prompt:
 
     Args:
         id: Id of the prompt, unique within its data.
-        source: Source of the data, by default the first folder of the first image's path.
+        source: Source of the data, such as the first folder of the first image's path.
         image_key: Key that prompts about the same images share.
         messages: Chat messages (`{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}`); the
             last one is the assistant's.
@@ -220,8 +220,7 @@ def encode(
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     chats = chat_texts(processor, prompts, with_answers)
     texts = [text for text, _ in chats]
-
-    arguments: dict[str, Any] = {"add_special_tokens": not writes_bos(tokenizer, texts)}
+    arguments = {"add_special_tokens": not writes_bos(tokenizer, texts)}
     images = [pictures for prompt in prompts if (pictures := prompt.load_images())]
     with temporary_pad_token(tokenizer):
         batch = processor(
@@ -234,15 +233,13 @@ def encode(
         )
     inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     if with_answers:
-        placeholders = placeholder_ids_of(processor, tokenizer)
-        inputs["labels"] = torch.full_like(inputs["input_ids"], IGNORED)
+        labels = torch.full_like(inputs["input_ids"], IGNORED)
         for row, (prompt, (text, spans)) in enumerate(zip(prompts, chats, strict=True)):
             columns = inputs["attention_mask"][row].nonzero().squeeze(1)
             ids = inputs["input_ids"][row, columns]
-            answer = answer_positions(
-                tokenizer, text, spans, ids.tolist(), placeholders, arguments, prompt.id
-            )
-            inputs["labels"][row, columns[answer]] = ids[answer]
+            answer = answer_positions(processor, text, spans, ids.tolist(), arguments, prompt.id)
+            labels[row, columns[answer]] = ids[answer]
+        inputs["labels"] = labels
     return inputs
 
 

@@ -152,8 +152,8 @@ def _compose_textvqa(rng: random.Random, side: Side) -> tuple[Item, ...]:
     left, top = rng.randint(1, 62 - width), (1 - digit_place // 2) * 32 + rng.randint(3, 30 - height)
     place = 2 * (1 - digit_place // 2) + (left + width // 2 >= 32)
     colour = rng.choice(dark)
-    written = Item(word, colour, COLOURS[colour], "large", place, (left, top, left + width, top + height))
-    return (written, digit)
+    text = Item(word, colour, COLOURS[colour], "large", place, (left, top, left + width, top + height))
+    return (text, digit)
 
 
 @cache
