@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from deepinsert.backbones.loading import TINY
-from deepinsert.controller.runs.folder import (
-    describe_machine,
-    machine,
-    read_result,
-    same_run,
-    start_run,
-    write_json,
-    write_result,
-)
+from deepinsert.controller.runs.atomic_files import write_json
+from deepinsert.controller.runs.folder import read_result, same_run, start_run, write_result
+from deepinsert.controller.runs.machine import describe_machine, machine_facts
 from deepinsert.controller.studies.jobs import run_of
 from deepinsert.controller.tables import terminal_table
 from deepinsert.envs.data.rendering import render_instructions
@@ -100,7 +94,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
         "policy": {key: policy[key] for key in ("reward", "difference", "share_of_gap", "verdict")},
         "variants": evaluation["variants"],
         "seconds": demo.seconds,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     write_result(out, result)
     print(summary(result, evaluation, out), flush=True)
@@ -235,7 +229,7 @@ def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> st
     if layer == 0:
         sentences.insert(
             0,
-            "The recommended layer is 0: at this skip weight skipping does not pay, so both models are alike.",
+            "The recommended layer is 0: at this skip weight skipping does not pay, so the models are alike.",
         )
     pictures = [picture for step in STEPS for picture in sorted((out / step).glob("*.png"))]
     return "\n".join(
