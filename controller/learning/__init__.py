@@ -1,1 +1,1 @@
-"""Learning a layer policy from a reward table: algorithms, saved states, the command `train-policy`."""
+"""Learning a layer policy from a reward table: algorithms, saved states, and the command `train-policy`."""

@@ -1,12 +1,13 @@
-"""PPO, A2C and DQN of stable-baselines3, set up for episodes of one step, and the network they learn.
+"""Configures stable-baselines3's PPO, A2C and DQN for one-step episodes, with one network for all of them.
 
-Nothing follows an action, so gamma is 0 everywhere. Weight decay keeps a policy that sees a few hundred
-prompts from learning their noise by heart: without it, what it gains on training prompts that have nothing to
-tell apart it loses on others.
+An episode ends after its only action, so gamma is 0 everywhere. Weight decay keeps a policy that is trained
+on a few hundred prompts from memorising their noise: without it, the policy overfits where the observations
+do not predict the best layer, and loses on held-out prompts what it gains on training prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,26 +22,31 @@ from stable_baselines3.common.vec_env import VecNormalize
 from deepinsert.envs.vector_env import InsertLayerVecEnv
 
 STEPS = {"ppo": 60_000, "a2c": 100_000, "dqn": 60_000, "full-info": 400_000}
-"""Episodes that each algorithm plays unless told otherwise; for full-info, prompts looked at."""
+"""Default number of training episodes per algorithm; for full-info, the number of prompts drawn."""
 
 NUM_ENVS = {"ppo": 256, "a2c": 128, "dqn": 256, "full-info": 1}
+"""Number of environments that each algorithm steps in parallel."""
 HIDDEN = (64, 64)
-TRIED = ("prompts", "weights", "actions", "rewards", "dones")
-"""What a replay buffer keeps of each episode."""
+"""Units of the policy network's hidden layers."""
+BUFFER_ARRAYS = ("prompts", "weights", "actions", "rewards", "dones")
+"""Arrays of the replay buffer that a saved training state contains."""
 
 
 def make_model(name: str, env: InsertLayerVecEnv, seed: int) -> BaseAlgorithm:
-    """A fresh model of algorithm `name` ("ppo", "a2c" or "dqn") on `env`."""
+    """Create an untrained model of algorithm `name` ("ppo", "a2c" or "dqn") on `env`."""
     return {"ppo": ppo, "a2c": a2c, "dqn": dqn}[name](env, seed)
 
 
-def falling(high: float, low: float) -> Any:
-    """A learning rate that falls from `high` to `low` in a straight line."""
-    return lambda left: low + (high - low) * left  # `left` falls from 1 to 0
+def linear_schedule(high: float, low: float) -> Callable[[float], float]:
+    """Return a learning-rate schedule that falls linearly from `high` to `low`.
+
+    Stable-baselines3 calls it with the remaining share of training, which falls from 1 to 0.
+    """
+    return lambda remaining: low + (high - low) * remaining
 
 
 def policy_arguments(weight_decay: float) -> dict[str, Any]:
-    """The same network for every algorithm, under AdamW."""
+    """Return the policy arguments that all algorithms share: an MLP with tanh, trained by AdamW."""
     return {
         "net_arch": list(HIDDEN),
         "activation_fn": torch.nn.Tanh,
@@ -50,12 +56,15 @@ def policy_arguments(weight_decay: float) -> dict[str, Any]:
 
 
 def ppo(env: InsertLayerVecEnv, seed: int) -> PPO:
-    """PPO: a rollout of 2,048 prompts is used for 40 gradient steps, or fewer where the policy has moved far
-    (`target_kl`)."""
+    """Create a PPO model.
+
+    It takes 40 gradient steps per rollout of 2,048 prompts, or fewer when the policy has changed by more than
+    `target_kl`.
+    """
     return PPO(
         "MlpPolicy",
         env,
-        learning_rate=falling(2e-3, 2e-4),
+        learning_rate=linear_schedule(2e-3, 2e-4),
         n_steps=2048 // env.num_envs,
         batch_size=512,
         n_epochs=10,
@@ -70,12 +79,15 @@ def ppo(env: InsertLayerVecEnv, seed: int) -> PPO:
 
 
 def a2c(env: InsertLayerVecEnv, seed: int) -> A2C:
-    """A2C: one gradient step for each 128 prompts, so many small rollouts. Normalised advantages keep its
-    step the same size whatever the losses' scale, as in PPO."""
+    """Create an A2C model.
+
+    It takes one gradient step per rollout of 128 prompts. Normalised advantages make its step size
+    independent of the scale of the losses, as in PPO.
+    """
     return A2C(
         "MlpPolicy",
         env,
-        learning_rate=falling(4e-3, 4e-4),
+        learning_rate=linear_schedule(4e-3, 4e-4),
         n_steps=1,
         gamma=0.0,
         gae_lambda=1.0,
@@ -88,14 +100,16 @@ def a2c(env: InsertLayerVecEnv, seed: int) -> A2C:
 
 
 def dqn(env: InsertLayerVecEnv, seed: int) -> DQN:
-    """DQN: with gamma 0 a regression of each layer's reward on what has been tried, kept whole.
+    """Create a DQN model.
 
-    Three blocks in ten explore to the end, since the greedy layer alone says nothing about its neighbours.
+    With gamma 0, DQN is a regression of each layer's reward on all episodes so far; the buffer never drops
+    one. The exploration rate stays at 0.3 until the end, since the greedy layer's reward contains no
+    information about its neighbours.
     """
     return DQN(
         "MlpPolicy",
         env,
-        learning_rate=falling(2e-3, 2e-4),
+        learning_rate=linear_schedule(2e-3, 2e-4),
         buffer_size=1_000_000,
         learning_starts=2048,
         batch_size=512,
@@ -114,16 +128,16 @@ def dqn(env: InsertLayerVecEnv, seed: int) -> DQN:
 
 
 class PromptReplayBuffer(ReplayBuffer):
-    """Remembers which prompt was played instead of its observation, which the environment knows.
+    """Stores each episode's prompt index and skip weight; `env` recomputes the observation from them.
 
-    A few bytes for each episode: nothing that was tried needs to be forgotten, and a saved state stays small.
+    An episode takes a few bytes, so that the buffer can hold every episode and a saved state stays small.
     """
 
     def __init__(
         self,
         buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
         device: torch.device | str = "auto",
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
@@ -131,8 +145,8 @@ class PromptReplayBuffer(ReplayBuffer):
         *,
         env: InsertLayerVecEnv,
     ) -> None:
-        nothing = spaces.Box(0, 1, (0,), np.float32)
-        super().__init__(buffer_size, nothing, action_space, device, n_envs, False, False)
+        empty_space = spaces.Box(0, 1, (0,), np.float32)
+        super().__init__(buffer_size, empty_space, action_space, device, n_envs, False, False)
         self.env = env
         self.prompts = np.zeros((self.buffer_size, n_envs), dtype=np.int64)
         self.weights = np.zeros((self.buffer_size, n_envs), dtype=np.float64)
@@ -146,32 +160,32 @@ class PromptReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Keep what the infos say was played."""
+        """Store one episode per environment; `infos` contain its prompt index and skip weight."""
         self.prompts[self.pos] = [info["prompt"] for info in infos]
         self.weights[self.pos] = [info["skip_weight"] for info in infos]
         super().add(obs[:, :0], next_obs[:, :0], action, reward, done, infos)
 
     def get_state(self) -> dict[str, Any]:
-        """What was tried so far."""
+        """Return the stored episodes and the write position."""
         filled = self.buffer_size if self.full else self.pos
-        arrays = {name: getattr(self, name)[:filled] for name in TRIED}
+        arrays = {name: getattr(self, name)[:filled] for name in BUFFER_ARRAYS}
         return {**arrays, "pos": self.pos, "full": self.full}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Remember what `get_state` told."""
+        """Restore a state that `get_state` returned."""
         self.pos, self.full = state["pos"], state["full"]
-        for name in TRIED:
+        for name in BUFFER_ARRAYS:
             getattr(self, name)[: len(state[name])] = state[name]
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         columns = np.random.randint(0, self.n_envs, size=len(batch_inds))
-        seen = self.to_torch(
+        observations = self.to_torch(
             self.env.observe(self.prompts[batch_inds, columns], self.weights[batch_inds, columns])
         )
         return ReplayBufferSamples(
-            observations=seen,
+            observations=observations,
             actions=self.to_torch(self.actions[batch_inds, columns]),
-            next_observations=seen,  # of a finished episode: not looked at
+            next_observations=observations,  # ignored, since the episode is over
             dones=self.to_torch(self.dones[batch_inds, columns].reshape(-1, 1)),
             rewards=self.to_torch(self.rewards[batch_inds, columns].reshape(-1, 1)),
         )

@@ -1,8 +1,8 @@
-"""Everything that training goes on from after the process was killed, in one file without code.
+"""Saves and restores the complete state of a training in one safetensors file, which cannot contain code.
 
-Saving a stable-baselines3 model is not enough: the generators of Python, NumPy and torch, the prompts in
-play, the counters that schedules hang on and what was tried so far are state too. With all of it, a training
-that was killed ends in the same bits as one that was not.
+A stable-baselines3 model is only part of that state: the random generators of Python, NumPy and torch, the
+environments' current prompts, the counters that schedules depend on and the replay buffer belong to it too.
+With all of them, a training that was killed and continued gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from deepinsert.controller.runs.folder import replacing
+from deepinsert.controller.runs.atomic_files import atomic_file
 
 from .algorithms import PromptReplayBuffer
 
@@ -33,14 +33,17 @@ COUNTERS = (
     "exploration_rate",
     "_current_progress_remaining",
 )
-"""Attributes of a stable-baselines3 model that change while it learns; each algorithm has some of them."""
+"""Attributes of a stable-baselines3 model that change in training; each algorithm has some of them."""
 
 
 class StateFile:
-    """The state of one training in `path`, written at most every `seconds`; None keeps no state.
+    """The file in `path` with the state of one training.
 
-    `identity` says what decides the result (data, options, seed, versions). A state of another identity is
-    refused, since going on from it would give a policy that no single training gives.
+    Args:
+        path: the file; with None, nothing is saved or loaded.
+        identity: all that the result depends on (data, options, seed, versions). A state with another
+            identity is refused, since continuing from it would give a policy that no single training gives.
+        seconds: the least time between two states, in seconds.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any], seconds: float = 1.0) -> None:
@@ -50,69 +53,72 @@ class StateFile:
         self._saved = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the last state is old enough to write another."""
+        """Return whether at least `seconds` have passed since the last state was written."""
         return self.path is not None and time.monotonic() - self._saved >= self.seconds
 
     def save(self, content: Any) -> None:
-        """Write `content` (numbers, texts, arrays, tensors, nested as one likes), atomically."""
+        """Write `content` atomically: numbers, strings, arrays and tensors in dicts, lists and tuples."""
         if self.path is None:
             return
         tensors: dict[str, torch.Tensor] = {}
         header = {"format": FORMAT, "identity": self.identity, "content": _pack(content, tensors)}
         text = json.dumps(header)
         data = safetensors.torch.save(tensors, metadata={"state": text, "sha256": _digest(text, tensors)})
-        with replacing(self.path) as temporary:
+        with atomic_file(self.path) as temporary:
             temporary.write_bytes(data)
         self._saved = time.monotonic()
 
     def load(self) -> Any:
-        """The content saved last; None where there is none.
+        """Return the content that was saved last, or None if there is none.
 
-        Raises `ValueError` for a file that is no whole state, or of another training.
+        Raises:
+            ValueError: if the file is damaged or belongs to another training.
         """
         if self.path is None:
             return None
         for unfinished in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-            unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)  # left by a process that was killed while it wrote
         if not self.path.is_file():
             return None
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - file is no dict
             text = metadata["state"]
             if metadata["sha256"] != _digest(text, tensors):
-                raise ValueError("its checksum does not fit")
+                raise ValueError("its checksum does not match")
             header = json.loads(text)
             content = _unpack(header["content"], tensors)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.path}: not a state of training ({error}); remove it to train anew"
+                f"{self.path} is not a training state ({error}); remove it to train from the beginning"
             ) from None
-        known = header.get("identity", {})
-        for name in sorted(known.keys() | self.identity.keys()):
-            if known.get(name) != self.identity.get(name):
-                raise ValueError(
-                    f"{self.path}: belongs to a training with {name} {known.get(name)}, not "
-                    f"{self.identity.get(name)}; remove it to train anew"
-                )
+        self._check_identity(header.get("identity", {}))
         return content
+
+    def _check_identity(self, saved_identity: dict[str, Any]) -> None:
+        for name in sorted(saved_identity.keys() | self.identity.keys()):
+            if saved_identity.get(name) != self.identity.get(name):
+                raise ValueError(
+                    f"{self.path} belongs to a training with {name} {saved_identity.get(name)}, not "
+                    f"{self.identity.get(name)}; remove it to train from the beginning"
+                )
 
 
 def random_state() -> dict[str, Any]:
-    """The global generators of Python, NumPy and torch."""
+    """Return the state of the global random generators of Python, NumPy and torch."""
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put the global generators where `random_state` found them."""
+    """Restore the global random generators from what `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
 
 
 def model_state(model: BaseAlgorithm) -> dict[str, Any]:
-    """All that a PPO, A2C or DQN model on an `InsertLayerVecEnv` goes on from, between two rollouts."""
+    """Return the complete state of an SB3 model on an `InsertLayerVecEnv`, between two rollouts."""
     env: Any = model.env
     state = {
         "policy": model.policy.state_dict(),
@@ -131,7 +137,7 @@ def model_state(model: BaseAlgorithm) -> dict[str, Any]:
 
 
 def restore_model(model: BaseAlgorithm, state: dict[str, Any]) -> None:
-    """Put a fresh model of the same algorithm and environment where `model_state` found it."""
+    """Restore a state of `model_state` into a new model of the same algorithm and environment."""
     env: Any = model.env
     model.policy.load_state_dict(state["policy"])
     model.policy.optimizer.load_state_dict(state["optimizer"])
@@ -148,7 +154,7 @@ def restore_model(model: BaseAlgorithm, state: dict[str, Any]) -> None:
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` in JSON's types, arrays moved to `tensors`; every container is tagged with its kind."""
+    """Return `value` in JSON types; arrays move to `tensors`, and every container is tagged with its kind."""
     name = str(len(tensors))
     if isinstance(value, np.ndarray):
         tensors[name] = torch.from_numpy(value.copy())
@@ -164,10 +170,11 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         value = value.item()
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise TypeError(f"{type(value).__name__}: not something a state of training holds")
+    raise TypeError(f"a training state cannot contain a {type(value).__name__}")
 
 
 def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Invert `_pack`."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -180,7 +187,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256(text.encode())
+    checksum = hashlib.sha256(text.encode())
     for name in sorted(tensors, key=int):
-        found.update(tensors[name].numpy().tobytes())
-    return found.hexdigest()
+        checksum.update(tensors[name].numpy().tobytes())
+    return checksum.hexdigest()

@@ -1,4 +1,4 @@
-"""Choosing a layer: rewards swept, a policy trained and judged beside simple choices, its advice."""
+"""Layer policies: baselines, frontier, advice, files, and the command `recommend`."""
 
 from .layer_policy import LayerPolicy
 

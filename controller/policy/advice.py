@@ -1,10 +1,11 @@
-"""The advice for a data set: one layer to finetune at, how sure that is, and what each prompt would take."""
+"""The figures of an advice for a data set: one layer to finetune at, its uncertainty, each prompt's layer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,48 @@ from deepinsert.controller.statistics import Interval, mean_interval, paired_int
 from deepinsert.envs.prompts import Prompt
 from deepinsert.envs.rewards.table import RewardTable
 
-from .baselines import FEW_IMAGES, PAPER_MEAN_DEPTH
-from .expectations import mean_at
-from .fixed_layer import WIDE, FixedLayer, caveat, choose_fixed_layer, named
-from .frontier import check_candidates, pareto
+from .baselines import PAPER_MEAN_DEPTH
+from .fixed_layer import FixedLayer, choose_fixed_layer
+from .frontier import check_candidates
 from .layer_policy import LayerPolicy
+from .outcomes import FixedLayerComparison
+from .sentences import mean_caveat, mean_sentence, policy_sentence, table_caveat, table_verdict
+from .table_means import mean_at
 
 BY_TABLE = "reward table"
-HELD_OUT = "policy on held-out prompts, fixed layers on training prompts"
 BY_MEAN = "mean of the policy's layers"
+HELD_OUT = "policy on held-out prompts, fixed layers on training prompts"
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyChoices:
+    """A policy's probabilities (P, K) of its candidates for `prompts` (P) at `skip_weight`.
+
+    `observations` (P, D) are what the policy observes of them.
+    """
+
+    policy: LayerPolicy
+    skip_weight: float
+    prompts: Sequence[Prompt]
+    observations: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+
+    @cached_property
+    def columns(self) -> NDArray[np.int64]:
+        """Index (P) of each prompt's most probable candidate."""
+        columns: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return columns
+
+    @cached_property
+    def layers(self) -> NDArray[np.int64]:
+        """Each prompt's most probable insert layer (P)."""
+        layers: NDArray[np.int64] = np.array(self.policy.insert_layers)[self.columns]
+        return layers
+
+    @cached_property
+    def images(self) -> list[str]:
+        """Key (P) of each prompt's images."""
+        return [prompt.image_key for prompt in self.prompts]
 
 
 def advise(
@@ -35,28 +69,48 @@ def advise(
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The one layer to finetune at for these prompts, and the layer of each prompt, at λ `skip_weight`.
+    """Recommend one layer to finetune at for P prompts, and a layer per prompt.
 
-    The policy chooses per prompt, a finetuned variant has one layer. With `table`, the reward table of just
-    these prompts, that is the best fixed layer on it, since this is what a variant gets. Without, as in the
-    paper (Appendix D: mean depth 0.14, so 4.5 of 32 layers, and variants at 4), it is the candidate nearest
-    to the mean of the per-prompt layers, the shallower of two: a mean needs no answers, so it can be taken on
-    data that nobody has labelled. `chosen_by` says which. `confidence_interval` then spans the layers that
-    cannot be told from the best one, or is the mean's; both 95 %, by bootstrap over images.
+    The policy chooses a layer per prompt; a finetuned variant has one layer. With a reward table, that is the
+    best fixed layer on it, since its mean reward is what a variant gets. Without a table it is, as in the
+    paper (Appendix D: mean depth 0.14, so 4.5 of 32 layers, and variants at 4), the candidate nearest to the
+    mean of the per-prompt layers, the shallower of two: the mean needs no answers, so it can be computed for
+    unlabelled data. `chosen_by` in the result names the method. `confidence_interval` (95 %, bootstrap over
+    images) spans the layers that are not significantly different from the best one, or is that of the mean.
 
-    The policy is judged against that layer on the prompts of the mask `held_out` (P), which it was not
-    trained on; on all of them where that is None.
+    Args:
+        policy: the policy to ask.
+        prompts: the data set.
+        skip_weight: λ; by default the policy's own.
+        table: the reward table of exactly these prompts, in their order.
+        held_out: the mask (P) of the prompts that the policy was not trained on, on which it is compared with
+            the fixed layer; by default all prompts.
+        batch_size: prompts observed at once.
+        seed: the seed of the bootstrap.
+
+    Returns:
+        The fields of `result.json`.
     """
-    weight = policy.asked_skip_weight(skip_weight)
+    weight = policy.resolve_skip_weight(skip_weight)
     observations = policy.observation(policy.checked_backbone(), prompts, batch_size)
-    probabilities = policy.probabilities(observations, weight)
-    columns = probabilities.argmax(axis=1)
-    layers = np.array(policy.insert_layers)[columns]
-    images = [prompt.image_key for prompt in prompts]
-    mean = mean_interval(layers, images, seed=seed)
+    choices = PolicyChoices(policy, weight, prompts, observations, policy.probabilities(observations, weight))
+    mean = mean_interval(choices.layers, choices.images, seed=seed)
+    result = describe_choices(choices, mean)
+    if table is None:
+        return result | advise_by_mean(choices, mean)
+    check_candidates(table, policy.insert_layers, policy.num_layers)
+    if held_out is None or not held_out.any():
+        held_out = np.ones(len(prompts), dtype=bool)
+    return result | advise_by_table(choices, table, held_out, seed)
+
+
+def describe_choices(choices: PolicyChoices, mean: Interval) -> dict[str, Any]:
+    """Return the result fields about the layer of each prompt, and their `mean`."""
+    policy, prompts = choices.policy, choices.prompts
     depth = np.array(mean) / policy.num_layers
-    result: dict[str, Any] = {
-        "skip_weight": weight,
+    chosen = choices.probabilities[np.arange(len(prompts)), choices.columns]
+    return {
+        "skip_weight": choices.skip_weight,
         "mean_insert_layer": mean.mean,
         "mean_interval": [mean.low, mean.high],
         "mean_depth": depth[0],
@@ -65,37 +119,19 @@ def advise(
         "insert_layers": policy.insert_layers,
         "num_layers": policy.num_layers,
         "prompts": {"used": len(prompts)},
-        "images": len(set(images)),
-        "histogram": histogram([prompt.source for prompt in prompts], layers, policy.insert_layers),
+        "images": len(set(choices.images)),
+        "histogram": histogram([prompt.source for prompt in prompts], choices.layers, policy.insert_layers),
         "per_prompt": [
-            per_prompt(prompt, int(layer), float(row[column]))
-            for prompt, layer, row, column in zip(prompts, layers, probabilities, columns, strict=True)
+            describe_prompt(prompt, int(layer), float(probability))
+            for prompt, layer, probability in zip(prompts, choices.layers, chosen, strict=True)
         ],
     }
-    if table is None:
-        return result | by_mean(policy, mean, weight, len(set(images)))
-    check_candidates(policy, table)
-    judged = np.ones(len(prompts), dtype=bool) if held_out is None or not held_out.any() else held_out
-    fixed = choose_fixed_layer(table.rewards(weight, policy.bonus), images, seed=seed)
-    where = f"the {judged.sum()} held-out ones of these prompts" if not judged.all() else "these prompts"
-    result |= by_table(policy, table, fixed, weight)
-    result |= policy_beside(table, columns, judged, fixed, policy, weight, images, where)
-    curves = pareto(policy, table.subset(judged), observations[judged], weight)
-    result["pareto"] = None if curves is None else {"of": where, **curves}
-    return result
 
 
-def by_mean(policy: LayerPolicy, mean: Interval, skip_weight: float, images: int) -> dict[str, Any]:
-    """The layer nearest to the policy's mean, and what the training prompts say of it."""
+def advise_by_mean(choices: PolicyChoices, mean: Interval) -> dict[str, Any]:
+    """Recommend the candidate nearest to `mean`, the mean of the policy's layers, without a reward table."""
+    policy, weight = choices.policy, choices.skip_weight
     layer = nearest_candidate(policy.insert_layers, mean.mean)
-    doubts = []
-    if images < FEW_IMAGES:
-        doubts.append(f"with only {images} images the mean of the policy's layers says little")
-    elif mean.high - mean.low > WIDE * policy.num_layers:
-        doubts.append(f"{images} images leave the mean between layers {mean.low:.1f} and {mean.high:.1f}")
-    advantage = policy.training.advantage
-    if advantage is not None and advantage.low <= 0:
-        doubts.append("on held-out prompts, choosing a layer for each did not beat the best fixed layer")
     return {
         "insert_layer": layer,
         "chosen_by": BY_MEAN,
@@ -104,116 +140,123 @@ def by_mean(policy: LayerPolicy, mean: Interval, skip_weight: float, images: int
         "picked": None,
         "difference": None,
         "images_needed": None,
-        "expected": expected(policy, layer, skip_weight),
-        "best_fixed": training_best(policy, skip_weight),
+        "expected": training_means(policy, layer, weight),
+        "best_fixed": best_training_layer(policy, weight),
         "policy": None,
         "pareto": training_pareto(policy),
-        "verdict": f"{policy_sentence(policy, skip_weight)}{mean_sentence(policy, layer, skip_weight)}",
-        "caveat": sentence(doubts),
+        "verdict": f"{policy_sentence(policy, weight)}{mean_sentence(policy, layer, weight)}",
+        "caveat": mean_caveat(policy, mean, len(set(choices.images))),
     }
 
 
-def training_pareto(policy: LayerPolicy) -> dict[str, Any] | None:
-    """`pareto` from what training knew: the policy on held-out prompts, fixed layers on training prompts.
+def advise_by_table(
+    choices: PolicyChoices, table: RewardTable, held_out: NDArray[np.bool_], seed: int
+) -> dict[str, Any]:
+    """Recommend the best fixed layer of the prompts, and compare the policy with it.
 
-    Only increases against insert layer 0 can be compared between the two. No oracle is known. None where
-    the policy was not measured over its skip weights, or without insert layer 0 or FLOPs.
+    Args:
+        choices: the policy's choices for P prompts.
+        table: the prompts' rewards.
+        held_out: the mask (P) of the prompts for the comparison.
+        seed: the seed of the bootstrap.
+    """
+    policy = choices.policy
+    rewards = table.rewards(choices.skip_weight, policy.bonus)
+    fixed = choose_fixed_layer(rewards, choices.images, seed=seed)
+    layer = policy.insert_layers[fixed.column]
+    undecided = [policy.insert_layers[column] for column in fixed.undecided]
+    comparison = compare_with_fixed(choices, rewards, fixed.column, held_out)
+    curves = policy.pareto_curves(table.subset(held_out), choices.observations[held_out], choices.skip_weight)
+    return {
+        **describe_fixed_layer(policy, fixed),
+        "expected": mean_at(table, fixed.column)
+        | {"reward": rewards.mean(axis=0)[fixed.column], "depth": layer / policy.num_layers},
+        "best_fixed": best_training_layer(policy, choices.skip_weight),
+        "policy": mean_at(table, choices.columns)
+        | {
+            "reward": rewards[np.arange(len(table)), choices.columns].mean(),
+            "minus_fixed": {
+                "reward": comparison.advantage.mean,
+                "confidence_interval": finite_ends(comparison.advantage),
+            },
+            "judged_on": {
+                "prompts": comparison.prompts,
+                "images": comparison.images,
+                "of": comparison.where,
+            },
+        },
+        "verdict": table_verdict(layer, undecided, len(table), comparison),
+        "caveat": table_caveat(fixed, policy.insert_layers, policy.num_layers, comparison),
+        "pareto": None if curves is None else {"of": comparison.where, **curves},
+    }
+
+
+def describe_fixed_layer(policy: LayerPolicy, fixed: FixedLayer) -> dict[str, Any]:
+    """Return the result fields about the best fixed layer and its distance from the other candidates."""
+    layers = policy.insert_layers
+    undecided = [layers[column] for column in fixed.undecided]
+    return {
+        "insert_layer": layers[fixed.column],
+        "chosen_by": BY_TABLE,
+        "confidence_interval": [undecided[0], undecided[-1]],
+        "undecided": undecided,
+        "picked": dict(zip(layers, fixed.best_shares, strict=True)) if fixed.best_shares else None,
+        "difference": {
+            layer: {"reward": interval.mean, "confidence_interval": finite_ends(interval)}
+            for layer, interval in zip(layers, fixed.difference, strict=True)
+        },
+        "images_needed": fixed.images_needed,
+    }
+
+
+def compare_with_fixed(
+    choices: PolicyChoices, rewards: NDArray[np.float64], column: int, held_out: NDArray[np.bool_]
+) -> FixedLayerComparison:
+    """Compare the policy's choices with one fixed layer on held-out prompts.
+
+    Args:
+        choices: the policy's choices for P prompts.
+        rewards: the prompts' rewards (P, K).
+        column: the index of the fixed layer.
+        held_out: the mask (P) of the prompts to compare on.
+    """
+    policy_rewards = rewards[np.arange(len(rewards)), choices.columns][held_out]
+    images = [key for key, chosen in zip(choices.images, held_out, strict=True) if chosen]
+    prompts = int(held_out.sum())
+    return FixedLayerComparison(
+        advantage=paired_interval(policy_rewards, rewards[held_out, column], images),
+        always=bool((choices.columns[held_out] == column).all()),
+        prompts=prompts,
+        images=len(set(images)),
+        where="these prompts" if held_out.all() else f"the {prompts} held-out ones of these prompts",
+    )
+
+
+def training_pareto(policy: LayerPolicy) -> dict[str, Any] | None:
+    """Return the curves of `frontier.pareto_curves` that are known from training.
+
+    The policy's curve is of held-out prompts, that of the fixed layers of training prompts.
+    Only increases relative to insert layer 0 are comparable between the two. The oracle is None. The result
+    is None if the policy was not measured over its skip weights, or without insert layer 0 or FLOPs.
     """
     points = [asdict(point) | {"accuracy": None} for point in policy.training.frontier]
     unknown = any(point["loss_increase"] is None or point["flops_ratio"] is None for point in points)
     if not points or unknown or policy.training.flops_ratio is None:
         return None
     fixed = [
-        {"insert_layer": layer, "accuracy": None, **expected(policy, layer, policy.skip_weight)}
+        {"insert_layer": layer, "accuracy": None, **training_means(policy, layer, policy.skip_weight)}
         for layer in policy.insert_layers
     ]
     return {"of": HELD_OUT, "prompts": None, "policy": points, "fixed": fixed, "oracle": None}
 
 
-def by_table(
-    policy: LayerPolicy, table: RewardTable, fixed: FixedLayer, skip_weight: float
-) -> dict[str, Any]:
-    """The best fixed layer of these prompts, and the layers that cannot be told from it."""
-    layers = policy.insert_layers
-    undecided = [layers[column] for column in fixed.undecided]
-    rewards = table.rewards(skip_weight, policy.bonus).mean(axis=0)
-    return {
-        "insert_layer": layers[fixed.column],
-        "chosen_by": BY_TABLE,
-        "confidence_interval": [undecided[0], undecided[-1]],
-        "undecided": undecided,
-        "picked": dict(zip(layers, fixed.picked, strict=True)) if fixed.picked else None,
-        "difference": {
-            layer: {"reward": found.mean, "confidence_interval": finite(found)}
-            for layer, found in zip(layers, fixed.difference, strict=True)
-        },
-        "images_needed": fixed.images_needed,
-        "expected": mean_at(table, fixed.column)
-        | {"reward": rewards[fixed.column], "depth": layers[fixed.column] / policy.num_layers},
-        "best_fixed": training_best(policy, skip_weight),
-    }
-
-
-def policy_beside(
-    table: RewardTable,
-    columns: NDArray[np.int64],
-    judged: NDArray[np.bool_],
-    fixed: FixedLayer,
-    policy: LayerPolicy,
-    skip_weight: float,
-    images: Sequence[str],
-    where: str,
-) -> dict[str, Any]:
-    """The policy's choices against the fixed layer on the prompts of the mask `judged`, and what to say."""
-    rows = np.arange(len(table))
-    rewards = table.rewards(skip_weight, policy.bonus)
-    earned, other = rewards[rows, columns][judged], rewards[judged, fixed.column]
-    clusters = [key for key, used in zip(images, judged, strict=True) if used]
-    advantage = paired_interval(earned, other, clusters)
-    layer = policy.insert_layers[fixed.column]
-    undecided = [policy.insert_layers[column] for column in fixed.undecided]
-    told = (
-        f"the {len(table)} prompts do not tell it from {named([x for x in undecided if x != layer])}"
-        if len(undecided) > 1
-        else "every other one earned less"
-    )
-    figures = f"{advantage.mean:+.4f}, 95 % interval {advantage.low:+.4f} to {advantage.high:+.4f}"
-    doubts = [text for text in [caveat(fixed, policy.insert_layers, policy.num_layers)] if text]
-    if (columns[judged] == fixed.column).all():
-        beside = f"On {where} the policy chooses it for every prompt."
-        doubts.append(f"choosing a layer for each prompt comes to the same as insert layer {layer} for all")
-    elif advantage.low > 0 and len(set(clusters)) > 1:
-        beside = f"On {where}, choosing a layer for each prompt earned more ({figures})."
-        if len(set(clusters)) < FEW_IMAGES <= fixed.images:
-            doubts.append(
-                f"that choosing a layer for each prompt earns more rests on {len(set(clusters))} images, "
-                "which says little"
-            )
-    else:
-        beside = f"On {where}, choosing a layer for each prompt did not beat it ({figures})."
-        doubts.append(
-            f"choosing a layer for each prompt did not beat insert layer {layer} for all, so one fixed layer "
-            "is as good"
-        )
-    return {
-        "policy": mean_at(table, columns)
-        | {
-            "reward": rewards[rows, columns].mean(),
-            "minus_fixed": {"reward": advantage.mean, "confidence_interval": finite(advantage)},
-            "judged_on": {"prompts": int(judged.sum()), "images": len(set(clusters)), "of": where},
-        },
-        "verdict": f"Insert layer {layer} earned the most on average, and {told}. {beside}",
-        "caveat": sentence(doubts),
-    }
-
-
 def nearest_candidate(insert_layers: Sequence[int], mean: float) -> int:
-    """The candidate nearest to `mean`; the shallower of two equally near."""
+    """Return the candidate nearest to `mean`; the shallower of two equally near."""
     return min(insert_layers, key=lambda layer: (abs(layer - mean), layer))
 
 
-def expected(policy: LayerPolicy, insert_layer: int, skip_weight: float) -> dict[str, float | None]:
-    """Means over the policy's training prompts at one layer: loss in nats, FLOPs ratio, reward; and depth."""
+def training_means(policy: LayerPolicy, insert_layer: int, skip_weight: float) -> dict[str, float | None]:
+    """Return means over the policy's training prompts at one layer: loss and reward in nats, FLOPs, depth."""
     column = policy.insert_layers.index(insert_layer)
     ratios, rewards = policy.training.flops_ratio, policy.mean_rewards(skip_weight)
     return {
@@ -225,19 +268,19 @@ def expected(policy: LayerPolicy, insert_layer: int, skip_weight: float) -> dict
     }
 
 
-def training_best(policy: LayerPolicy, skip_weight: float) -> dict[str, Any] | None:
-    """The best fixed layer of the training prompts at λ; None where their bonus is not known."""
+def best_training_layer(policy: LayerPolicy, skip_weight: float) -> dict[str, Any] | None:
+    """Return the best fixed layer of the training prompts at λ; None if their bonus is not known."""
     rewards = policy.mean_rewards(skip_weight)
     if rewards is None:
         return None
     layer = policy.insert_layers[int(rewards.argmax())]
-    return {"insert_layer": layer, **expected(policy, layer, skip_weight)}
+    return {"insert_layer": layer, **training_means(policy, layer, skip_weight)}
 
 
 def histogram(
     sources: Sequence[str], layers: NDArray[np.int64], insert_layers: Sequence[int]
 ) -> dict[str, dict[str, int]]:
-    """For each source, how many prompts chose each candidate."""
+    """Count per source how many of its prompts chose each candidate; `sources` and `layers` have length P."""
     counts = Counter(zip(sources, layers.tolist(), strict=True))
     return {
         source: {str(layer): counts[source, layer] for layer in insert_layers}
@@ -245,8 +288,8 @@ def histogram(
     }
 
 
-def per_prompt(prompt: Prompt, insert_layer: int, probability: float) -> dict[str, Any]:
-    """One prompt's line in the result."""
+def describe_prompt(prompt: Prompt, insert_layer: int, probability: float) -> dict[str, Any]:
+    """Return one prompt's entry in the result."""
     return {
         "id": prompt.id,
         "source": prompt.source,
@@ -255,47 +298,6 @@ def per_prompt(prompt: Prompt, insert_layer: int, probability: float) -> dict[st
     }
 
 
-def policy_sentence(policy: LayerPolicy, skip_weight: float) -> str:
-    """Whether asking per prompt was worth it on held-out prompts, at the skip weight it was judged at."""
-    best, advantage = policy.training.best_fixed, policy.training.advantage
-    if advantage is None:
-        return "This policy was not judged on held-out prompts."
-    figures = f"{advantage.mean:+.4f}, 95 % interval {advantage.low:+.4f} to {advantage.high:+.4f}"
-    at = "" if skip_weight == policy.skip_weight else f" at skip weight {policy.skip_weight:g}"
-    if advantage.low > 0:
-        return (
-            f"On held-out prompts{at}, choosing a layer for each prompt earned more than the best fixed "
-            f"layer, {best} ({figures})."
-        )
-    return (
-        f"On held-out prompts{at}, choosing a layer for each prompt did not beat the best fixed layer, "
-        f"{best} ({figures}): one fixed layer is as good."
-    )
-
-
-def mean_sentence(policy: LayerPolicy, insert_layer: int, skip_weight: float) -> str:
-    """Whether the training prompts would have chosen another layer than the mean's; empty if not."""
-    rewards = policy.mean_rewards(skip_weight)
-    if rewards is None:
-        return ""
-    column = int(rewards.argmax())
-    if policy.insert_layers[column] == insert_layer:
-        return ""
-    lost = rewards[column] - rewards[policy.insert_layers.index(insert_layer)]
-    return (
-        f" On the training prompts insert layer {policy.insert_layers[column]} earned {lost:.4f} more on "
-        f"average than {insert_layer}, the layer nearest to the policy's mean."
-    )
-
-
-def sentence(doubts: Sequence[str]) -> str | None:
-    """One sentence of all that speaks against relying on the advice; None where nothing does."""
-    if not doubts:
-        return None
-    text = "; ".join(doubts)
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def finite(interval: Interval) -> list[float | None]:
-    """The ends of `interval` for JSON, which knows no infinity: None stands for it."""
+def finite_ends(interval: Interval) -> list[float | None]:
+    """Return the ends of `interval` for JSON, with None for infinity."""
     return [end if np.isfinite(end) else None for end in (interval.low, interval.high)]

@@ -1,4 +1,4 @@
-"""Which one layer to finetune at, and how sure that is, from what every layer earned on a set of prompts."""
+"""Chooses one layer to finetune at from the rewards of a set of prompts, and quantifies the uncertainty."""
 
 from __future__ import annotations
 
@@ -10,33 +10,39 @@ from numpy.typing import ArrayLike, NDArray
 
 from deepinsert.controller.statistics import Interval
 
-from .baselines import FEW_IMAGES, best_fixed_column
+from .baselines import best_fixed_column
 
 CONFIDENCE = 0.95
 SAMPLES = 2000
-CHUNK = 4_000_000  # counts held at once: 32 MB
-WIDE = 0.25
-"""A set of layers that spans more than this share of the depth leaves the choice open."""
+CHUNK = 4_000_000  # counts in memory at once: 32 MB
 MANY_IMAGES = 10_000_000
+"""A larger number of images is not reported as needed."""
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class FixedLayer:
-    """The candidate of index `column` earned the most on average.
+    """The candidate of K with the highest mean reward, and its distance from the others.
 
-    `difference` (K) is what each candidate earned less or more than it, with its paired 95 % interval.
-    `undecided` are the indices of those whose interval contains 0, `column` among them: which of them is best
-    the prompts do not say. `picked` (K) is how often each is the best of a bootstrap sample. All of it by
-    bootstrap over `images`; one image alone cannot tell layers apart. `images_needed` is about how many would
-    leave only one, at this spread; None where that is as good as never, or where one is left already.
+    All uncertainty is by bootstrap over images; one image alone does not distinguish layers.
+
+    Attributes:
+        column: the index of the candidate.
+        difference: each candidate's mean reward minus that candidate's (K), in nats, with its paired 95 %
+            interval.
+        undecided: the indices of the candidates whose interval contains 0, including `column`; the prompts do
+            not decide which of them is best.
+        best_shares: the share of bootstrap samples in which each candidate is best (K); empty for one image.
+        images: the number of different images.
+        images_needed: the approximate number of images that would decide for one candidate at this spread;
+            None if it is beyond any practical number, or if one candidate is decided already.
     """
 
     column: int
     difference: tuple[Interval, ...]
     undecided: tuple[int, ...]
-    picked: tuple[float, ...]
+    best_shares: tuple[float, ...]
     images: int
     images_needed: int | None
 
@@ -44,7 +50,14 @@ class FixedLayer:
 def choose_fixed_layer(
     rewards: ArrayLike, images: Sequence[Hashable], samples: int = SAMPLES, seed: int = 0
 ) -> FixedLayer:
-    """The best fixed layer of `rewards` (P, K) on prompts about `images` (P)."""
+    """Choose the best fixed layer.
+
+    Args:
+        rewards: the rewards (P, K) of P prompts at K candidates.
+        images: the image of each prompt (P), the clusters of the bootstrap.
+        samples: the number of bootstrap samples.
+        seed: the seed of the bootstrap.
+    """
     values = np.asarray(rewards, dtype=np.float64)
     best = best_fixed_column(values)
     sums, counts = by_image(values, images)
@@ -61,14 +74,21 @@ def choose_fixed_layer(
         column=best,
         difference=tuple(map(Interval, differences.tolist(), low.tolist(), high.tolist())),
         undecided=undecided,
-        picked=tuple((np.bincount(means.argmax(axis=1), minlength=len(low)) / samples).tolist()),
+        best_shares=tuple((np.bincount(means.argmax(axis=1), minlength=len(low)) / samples).tolist()),
         images=len(counts),
         images_needed=_images_needed(differences, against_best.std(axis=0), undecided, best, len(counts)),
     )
 
 
 def bootstrap_means(sums: FloatArray, counts: FloatArray, samples: int, seed: int) -> FloatArray:
-    """Means (samples, K) of draws with replacement of C clusters, of which `sums` (C, K) and `counts` (C)."""
+    """Return the means (samples, K) of bootstrap draws of C clusters.
+
+    Args:
+        sums: the sum of each cluster's values (C, K).
+        counts: the number of each cluster's values (C).
+        samples: the number of draws.
+        seed: the seed of the draws.
+    """
     rng = np.random.default_rng(seed)
     clusters = len(counts)
     means = []
@@ -76,13 +96,13 @@ def bootstrap_means(sums: FloatArray, counts: FloatArray, samples: int, seed: in
     for start in range(0, samples, rows):
         size = min(rows, samples - start)
         drawn = rng.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
-        often = np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters)
-        means.append((often @ sums) / (often @ counts)[:, None])
+        multiplicity = np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters)
+        means.append((multiplicity @ sums) / (multiplicity @ counts)[:, None])
     return np.concatenate(means)
 
 
 def by_image(values: FloatArray, images: Sequence[Hashable]) -> tuple[FloatArray, FloatArray]:
-    """Sums (C, K) and counts (C) of the rows of `values` (P, K) of each image, in order of appearance."""
+    """Return sums (C, K) and counts (C) of each image's rows of `values` (P, K), in order of appearance."""
     position: dict[Hashable, int] = {}
     index = np.array([position.setdefault(image, len(position)) for image in images])
     sums = np.zeros((len(position), values.shape[1]))
@@ -90,37 +110,13 @@ def by_image(values: FloatArray, images: Sequence[Hashable]) -> tuple[FloatArray
     return sums, np.bincount(index).astype(np.float64)
 
 
-def caveat(fixed: FixedLayer, insert_layers: Sequence[int], num_layers: int) -> str | None:
-    """What to know before relying on the choice, without a full stop; None where the data decide it."""
-    layers = [insert_layers[column] for column in fixed.undecided]
-    few = fixed.images < FEW_IMAGES
-    if not few and layers[-1] - layers[0] <= WIDE * num_layers:
-        return None
-    if len(layers) == 1:
-        return f"with only {fixed.images} images this says little about others"
-    needed = "" if fixed.images_needed is None else f"; about {fixed.images_needed:,} images would"
-    count = "1 image does" if fixed.images == 1 else f"{fixed.images} images do"
-    return f"{count} not tell insert layers {named(layers)} apart{needed}"
-
-
-def named(layers: Sequence[int]) -> str:
-    """`[1, 2, 3, 7]` as "1 to 3 and 7"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts: list[str] = []
-    for run in runs:
-        parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(layer) for layer in run]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _images_needed(
     differences: FloatArray, deviations: FloatArray, undecided: Sequence[int], best: int, images: int
 ) -> int | None:
-    """How many images would put every interval beside 0, to two digits: it shrinks with their square root."""
+    """Return how many images would move 0 out of every rival's interval, rounded up to two digits.
+
+    An interval's width shrinks with the square root of the number of images.
+    """
     rivals = [column for column in undecided if column != best]
     if not rivals or not (differences[rivals] < 0).all():
         return None

@@ -1,6 +1,6 @@
-"""Pictures of the policy's training and of recommendations, a function each.
+"""Pictures of a policy's training and of recommendations.
 
-Drawn without pyplot, so no display is needed and nothing stays open.
+They are drawn without pyplot, so that no display is needed and no figure stays open.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
-from deepinsert.controller.runs.folder import save_figure
+from deepinsert.controller.runs.atomic_files import save_figure
 
 from .baselines import PAPER_MEAN_DEPTH
 
@@ -28,7 +29,7 @@ REWARD_COLOURS = {"performance": "tab:blue", "bonus": "tab:orange", "total": "bl
 
 
 def policy_rewards(log: str | Path, path: str | Path) -> Path:
-    """The paper's Figure 9: reward of the policy in training, in total and by part, over environment steps.
+    """Draw the policy's reward in training, in total and by part, over environment steps (paper, Figure 9).
 
     `log` is the `progress.csv` that train-policy writes, with the columns `time/total_timesteps`,
     `reward/total`, `reward/performance` (-loss) and `reward/bonus` (skip weight x bonus).
@@ -53,54 +54,17 @@ def policy_rewards(log: str | Path, path: str | Path) -> Path:
 
 
 def plot_recommendation(result: Mapping[str, Any], path: str | Path) -> Path:
-    """How many prompts of each source got which layer, and the layer recommended for all of them.
+    """Draw how many prompts of each source chose which layer, and the layer recommended for all of them.
 
-    `result` is that of recommend for a data set: `histogram` (counts by source and layer), `insert_layers`,
-    `num_layers`, `insert_layer`, `mean_insert_layer` with `mean_interval`, and `undecided`, the layers that
-    cannot be told from the one recommended (None where no rewards were known).
+    `result` is that of recommend for a data set. The picture uses its fields `histogram` (counts by source
+    and layer), `insert_layers`, `num_layers`, `insert_layer`, `mean_insert_layer`, `mean_interval` and
+    `undecided` (the layers not significantly different from the recommended one, or None).
     """
-    layers = list(result["insert_layers"])
     figure, axes = _figure(7.2, 4.4)
-    below = np.zeros(len(layers))
-    for index, (source, counts) in enumerate(result["histogram"].items()):
-        heights = np.array([counts[str(layer)] for layer in layers])
-        axes.bar(layers, heights, bottom=below, label=source, width=0.7, color=f"C{index % 10}")
-        below += heights
-    for layer, height in zip(layers, below, strict=True):
-        if height:
-            axes.annotate(
-                f"{height:.0f}",
-                (layer, height),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=9,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
-            )
-    mean, (low, high) = result["mean_insert_layer"], result["mean_interval"]
-    axes.axvline(mean, color="black", linewidth=1.2, label=f"mean {mean:.2f} ({low:.2f} to {high:.2f})")
-    paper = PAPER_MEAN_DEPTH * result["num_layers"]
-    axes.axvline(
-        paper, color="black", linewidth=1, linestyle=":", label=f"the paper's mean depth ({paper:.1f})"
-    )
-    for index, layer in enumerate(result["undecided"] or []):
-        label = "cannot be told apart (95 %)" if index == 0 else None
-        axes.axvspan(layer - 0.5, layer + 0.5, color="0.9", zorder=0, linewidth=0, label=label)
-    chosen = result["insert_layer"]
-    axes.plot(
-        [chosen],
-        [0],
-        marker="^",
-        color="crimson",
-        markersize=11,
-        clip_on=False,
-        linestyle="none",
-        zorder=5,
-        label=f"recommended for all: {chosen}",
-    )
+    totals = _stacked_bars(axes, list(result["insert_layers"]), result["histogram"])
+    _mark_layers(axes, result)
     axes.set(
-        title=f"Layers for {below.sum():.0f} prompts at skip weight {result['skip_weight']:g}",
+        title=f"Layers for {totals.sum():.0f} prompts at skip weight {result['skip_weight']:g}",
         xlabel=f"insert layer (of {result['num_layers']} decoder layers)",
         ylabel="prompts that choose it",
     )
@@ -113,10 +77,11 @@ def plot_recommendation(result: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def plot_pareto(result: Mapping[str, Any], path: str | Path) -> Path:
-    """Loss, and accuracy where it is known, against prefill FLOPs: policy, fixed layers, oracle.
+    """Draw loss, and accuracy if it is known, against prefill FLOPs for policy, fixed layers and oracle.
 
-    `result` is that of recommend for a data set, with `pareto` as `controller.frontier.pareto` gives it and
-    `of`, which prompts it is about. Without an oracle, losses are shown as increases against insert layer 0.
+    `result` is that of recommend for a data set; its `pareto` contains the curves of
+    `frontier.pareto_curves` and, as `of`, which prompts they are about. If there is no oracle, the picture
+    shows losses as increases relative to insert layer 0.
     """
     curves = result["pareto"]
     panels = ["loss_increase" if curves["oracle"] is None else "loss"]
@@ -131,24 +96,77 @@ def plot_pareto(result: Mapping[str, Any], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+def _stacked_bars(
+    axes: Axes, layers: list[int], histogram: Mapping[str, Mapping[str, int]]
+) -> NDArray[np.float64]:
+    """Draw a bar per layer, stacked by source, with its height above it; return the heights (K)."""
+    totals = np.zeros(len(layers))
+    for index, (source, counts) in enumerate(histogram.items()):
+        heights = np.array([counts[str(layer)] for layer in layers])
+        axes.bar(layers, heights, bottom=totals, label=source, width=0.7, color=f"C{index % 10}")
+        totals += heights
+    for layer, total in zip(layers, totals, strict=True):
+        if total:
+            axes.annotate(
+                f"{total:.0f}",
+                (layer, total),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+            )
+    return totals
+
+
+def _mark_layers(axes: Axes, result: Mapping[str, Any]) -> None:
+    """Mark the policy's mean layer, the paper's, the undecided layers and the recommended one."""
+    mean, (low, high) = result["mean_insert_layer"], result["mean_interval"]
+    axes.axvline(mean, color="black", linewidth=1.2, label=f"mean {mean:.2f} ({low:.2f} to {high:.2f})")
+    paper = PAPER_MEAN_DEPTH * result["num_layers"]
+    axes.axvline(
+        paper, color="black", linewidth=1, linestyle=":", label=f"the paper's mean depth ({paper:.1f})"
+    )
+    for index, layer in enumerate(result["undecided"] or []):
+        label = "cannot be told apart (95 %)" if index == 0 else None
+        axes.axvspan(layer - 0.5, layer + 0.5, color="0.9", zorder=0, linewidth=0, label=label)
+    axes.plot(
+        [result["insert_layer"]],
+        [0],
+        marker="^",
+        color="crimson",
+        markersize=11,
+        clip_on=False,
+        linestyle="none",
+        zorder=5,
+        label=f"recommended for all: {result['insert_layer']}",
+    )
+
+
 def _pareto_panel(
     axes: Axes, curves: Mapping[str, Any], metric: str, insert_layer: int, skip_weight: float
 ) -> None:
-    def line(name: str, **style: Any) -> None:
-        points = sorted(curves[name], key=lambda point: point["flops_ratio"])
-        axes.plot([point["flops_ratio"] for point in points], [point[metric] for point in points], **style)
-
-    line("fixed", color="0.45", marker="o", markersize=4, linewidth=1.2, label="fixed layers (numbered)")
+    """Draw `metric` of all curves against prefill FLOPs, and mark the recommended layer and skip weight."""
+    _pareto_line(
+        axes,
+        curves["fixed"],
+        metric,
+        color="0.45",
+        marker="o",
+        markersize=4,
+        linewidth=1.2,
+        label="fixed layers (numbered)",
+    )
     if curves["oracle"] is not None:
-        line(
-            "oracle",
-            color="tab:green",
-            linestyle="--",
-            linewidth=1.5,
-            label="oracle: each prompt's best layer",
+        label = "oracle: each prompt's best layer"
+        _pareto_line(
+            axes, curves["oracle"], metric, color="tab:green", linestyle="--", linewidth=1.5, label=label
         )
-    line(
-        "policy",
+    _pareto_line(
+        axes,
+        curves["policy"],
+        metric,
         color="tab:blue",
         marker="s",
         markersize=4,
@@ -156,13 +174,54 @@ def _pareto_panel(
         label="policy, over its skip weights",
     )
     fixed = {point["insert_layer"]: point for point in curves["fixed"]}
-    # Fixed layers are the worst of the three curves: there is room on their far side.
+    _number_layers(axes, fixed, metric, insert_layer)
+    _mark_point(
+        axes,
+        fixed[insert_layer],
+        metric,
+        marker="o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor="crimson",
+        markeredgewidth=1.6,
+        label=f"recommended for all: {insert_layer}",
+    )
+    nearest = min(curves["policy"], key=lambda point: abs(point["skip_weight"] - skip_weight))
+    _mark_point(
+        axes,
+        nearest,
+        metric,
+        marker="*",
+        markersize=14,
+        color="tab:blue",
+        markeredgecolor="white",
+        label=f"policy at skip weight {nearest['skip_weight']:.3g}",
+    )
+    axes.set(xlabel="prefill FLOPs against insert layer 0", ylabel=PARETO_LABELS[metric])
+    axes.margins(x=0.06, y=0.12)
+    axes.grid(alpha=0.3)
+
+
+def _pareto_line(axes: Axes, points: list[dict[str, Any]], metric: str, **style: Any) -> None:
+    points = sorted(points, key=lambda point: point["flops_ratio"])
+    axes.plot([point["flops_ratio"] for point in points], [point[metric] for point in points], **style)
+
+
+def _mark_point(axes: Axes, point: Mapping[str, Any], metric: str, **style: Any) -> None:
+    axes.plot([point["flops_ratio"]], [point[metric]], linestyle="none", **style)
+
+
+def _number_layers(
+    axes: Axes, fixed: Mapping[int, Mapping[str, Any]], metric: str, insert_layer: int
+) -> None:
+    """Annotate about twelve points of the `fixed` layers, `insert_layer` among them, with their layer."""
+    # Fixed layers are the worst of the three curves, so there is space on their far side.
     above = -1 if metric == "accuracy" else 1
     stride = max(1, -(-len(fixed) // 12))
-    named = set(list(fixed)[::stride])
-    named = {layer for layer in named if stride == 1 or abs(layer - insert_layer) >= stride} | {insert_layer}
+    layers = set(list(fixed)[::stride])
+    layers = {layer for layer in layers if stride == 1 or abs(layer - insert_layer) >= stride}
     for layer, point in fixed.items():
-        if layer in named:
+        if layer in layers | {insert_layer}:
             distance = 9 if layer == insert_layer else 6
             axes.annotate(
                 str(layer),
@@ -174,35 +233,6 @@ def _pareto_panel(
                 fontsize=8,
                 color="0.3",
             )
-    chosen = fixed[insert_layer]
-    axes.plot(
-        [chosen["flops_ratio"]],
-        [chosen[metric]],
-        marker="o",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgecolor="crimson",
-        markeredgewidth=1.6,
-        linestyle="none",
-        label=f"recommended for all: {insert_layer}",
-    )
-    asked = min(curves["policy"], key=lambda point: abs(point["skip_weight"] - skip_weight))
-    axes.plot(
-        [asked["flops_ratio"]],
-        [asked[metric]],
-        marker="*",
-        markersize=14,
-        color="tab:blue",
-        markeredgecolor="white",
-        linestyle="none",
-        label=f"policy at skip weight {asked['skip_weight']:.3g}",
-    )
-    axes.set(
-        xlabel="prefill FLOPs against insert layer 0",
-        ylabel=PARETO_LABELS[metric],
-    )
-    axes.margins(x=0.06, y=0.12)
-    axes.grid(alpha=0.3)
 
 
 def _figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, Axes]:

@@ -1,4 +1,4 @@
-"""A policy over a range of skip weights whose every number can be checked, for tests of what it is asked."""
+"""A policy over a range of skip weights on a table whose figures can be checked."""
 
 import dataclasses
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from deepinsert.controller.learning.train_policy import train_policy
-from deepinsert.controller.policy.expectations import Training
-from deepinsert.controller.policy.frontier import frontier
 from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.table_means import fields_of_table
 from deepinsert.envs.observations import Normaliser, Observation
 from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
@@ -18,8 +17,10 @@ LAYERS = 8
 
 
 def graded_table(seed, prompts=600, noise=0.01, observed=16, costs=(0.05, 0.2, 0.5, 1.2)):
-    """Four kinds of prompt mind depth differently: loss rises by `cost * depth ** 2`, so that skip weight λ
-    is best spent at depth λ / (2 cost). Two questions share an image. Returns table and observations."""
+    """Return a table and observations of four kinds of prompt, whose loss rises by `cost * depth ** 2`.
+
+    The best depth at skip weight λ is λ / (2 cost). Two questions share an image.
+    """
     rng = np.random.default_rng(seed)
     kind = rng.integers(len(costs), size=prompts)
     depth = np.arange(LAYERS) / LAYERS
@@ -34,11 +35,11 @@ def graded_table(seed, prompts=600, noise=0.01, observed=16, costs=(0.05, 0.2, 0
 
 
 def fit_policy(table, observations, skip_weights, backbone=("none", "none"), steps=400):
-    """A policy that climbs the exact mean reward of `table` at skip weights drawn from the range."""
+    """Train a policy by the exact gradient of the mean reward of `table`, at skip weights from the range."""
     normaliser = Normaliser.fit(observations)
     rng = np.random.default_rng(0)
-    seen = normaliser(observations)
-    width = seen.shape[1] + skip_weights.features_of([skip_weights.low]).shape[1]
+    values = normaliser(observations)
+    width = values.shape[1] + skip_weights.features_of([skip_weights.low]).shape[1]
     generator = torch.Generator().manual_seed(0)
     shapes = [(64, width), (len(table.insert_layers), 64)]
     layers = [
@@ -49,35 +50,30 @@ def fit_policy(table, observations, skip_weights, backbone=("none", "none"), ste
     losses, bonus = torch.tensor(table.losses), torch.tensor(table.bonus("depth"))
     for _ in range(steps):
         weights = skip_weights.draw(rng, len(table))
-        inputs = torch.from_numpy(np.concatenate([seen, skip_weights.features_of(weights)], axis=1))
+        inputs = torch.from_numpy(np.concatenate([values, skip_weights.features_of(weights)], axis=1))
         hidden = torch.tanh(inputs @ layers[0][0].T + layers[0][1])
-        chances = torch.softmax(hidden @ layers[1][0].T + layers[1][1], dim=1)
+        probabilities = torch.softmax(hidden @ layers[1][0].T + layers[1][1], dim=1)
         rewards = -losses + torch.tensor(weights)[:, None] * bonus
-        loss = -(chances * (rewards - rewards.mean(dim=1, keepdim=True))).sum(dim=1).mean()
+        loss = -(probabilities * (rewards - rewards.mean(dim=1, keepdim=True))).sum(dim=1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     return LayerPolicy(
-        insert_layers=table.insert_layers,
-        num_layers=table.num_layers,
+        **fields_of_table(table, skip_weights.high, "depth"),
         skip_weights=skip_weights,
-        skip_weight=skip_weights.high,
-        bonus="depth",
         algorithm="full-info",
         observation=Observation(),
         normaliser=normaliser,
         network=tuple((weight.detach(), bias.detach()) for weight, bias in layers),
         backbone_name=backbone[0],
         backbone_fingerprint=backbone[1],
-        table_digest="0" * 16,
         seed=0,
-        training=Training.from_table(table, skip_weights.high, "depth"),
     )
 
 
 @pytest.fixture(scope="session")
 def save_policy():
-    """Saves a policy of a backbone that sends these prompts to many layers, as train-policy would."""
+    """Return a function that saves a policy which chooses many different layers for some prompts."""
 
     def save(backbone, prompts, folder):
         losses = np.random.default_rng(0).gamma(2.0, 0.4, size=(len(prompts), LAYERS))
@@ -97,19 +93,17 @@ def save_policy():
 
 @pytest.fixture(scope="session")
 def make_graded_table():
-    """`graded_table`, for tests that need another seed or size."""
+    """Return `graded_table`, for tests that need another seed or size."""
     return graded_table
 
 
 @pytest.fixture(scope="session")
 def fit():
-    """`fit_policy`, for tests that bring their own table."""
+    """Return `fit_policy`, for tests with their own table."""
     return fit_policy
 
 
 @pytest.fixture(scope="session")
 def graded_policy():
-    """A policy for skip weights 0 to 1 on the graded table of seed 0, its frontier measured on seed 1."""
-    policy = fit_policy(*graded_table(0), SkipWeights(0.0, 1.0))
-    points = frontier(policy, *graded_table(1))
-    return dataclasses.replace(policy, training=dataclasses.replace(policy.training, frontier=points))
+    """A policy for skip weights 0 to 1, trained on the graded table of seed 0, with a frontier on seed 1."""
+    return fit_policy(*graded_table(0), SkipWeights(0.0, 1.0)).with_frontier(*graded_table(1))

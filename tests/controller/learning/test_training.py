@@ -13,7 +13,12 @@ import torch
 from stable_baselines3 import PPO
 from synthetic_tables import LAYERS, clustered_table, constant_table, graded_table, structureless_table
 
-from deepinsert.controller.learning.train_policy import isolated_random_state, judge_policy, run, train_policy
+from deepinsert.controller.learning.train_policy import (
+    compare_policies,
+    isolated_random_state,
+    run,
+    train_policy,
+)
 from deepinsert.controller.options import TrainPolicyOptions
 from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.studies.lambda_study import study
@@ -30,7 +35,7 @@ def train_on_first(table, observations, **options):
     train = np.arange(len(table)) < 0.75 * len(table)
     options = {"skip_weight": SKIP_WEIGHT, "steps": STEPS, **options}
     policy = train_policy(table.subset(train), observations[train], **options)
-    return policy, judge_policy(policy, table, observations, train)
+    return policy, compare_policies({policy.seed: policy}, table, observations, train)
 
 
 @functools.cache
@@ -79,7 +84,13 @@ def graded_training(algorithm):
         algorithm=algorithm,
         steps=steps,
     )
-    return table, observations, train, policy, judge_policy(policy, table, observations, train)
+    return (
+        table,
+        observations,
+        train,
+        policy,
+        compare_policies({policy.seed: policy}, table, observations, train),
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +204,7 @@ def test_layer_0_is_absent_from_the_judgement_where_it_is_no_candidate():
     deeper = RewardTable.from_losses(table.losses[:, 1:], range(1, LAYERS), LAYERS)
     train = np.arange(80) < 60
     policy = train_policy(deeper.subset(train), observations[train], steps=1)
-    assert judge_policy(policy, deeper, observations, train)["reward"]["layer_0"] is None
+    assert compare_policies({policy.seed: policy}, deeper, observations, train)["reward"]["layer_0"] is None
 
 
 def test_same_seed_gives_the_same_policy_bit_for_bit(tmp_path):
@@ -217,9 +228,14 @@ def test_training_leaves_the_global_random_state_and_threads_alone():
     before, threads = state(), torch.get_num_threads()
     train_policy(table, observations, steps=1)
     assert state() == before and torch.get_num_threads() == threads
-    with pytest.raises(ZeroDivisionError), isolated_random_state():
-        torch.manual_seed(5)
-        _ = 1 / 0
+
+    def seed_and_raise():
+        with isolated_random_state():
+            torch.manual_seed(5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        seed_and_raise()
     assert state() == before
 
 
@@ -335,7 +351,7 @@ def test_command_refuses_data_that_leave_nothing_to_judge_by(tmp_path, rendered_
     data = tmp_path / "one.json"
     data.write_text(json.dumps([one]))
     options = TrainPolicyOptions(out=tmp_path / "run", data=data, image_root=rendered_data.parent)
-    with pytest.raises(ValueError, match="to judge by"):
+    with pytest.raises(ValueError, match="to hold out"):
         run(options)
     with pytest.raises(ValueError, match="--steps 0"):
         run(TrainPolicyOptions(out=tmp_path / "run", data=data, steps=0))

@@ -131,9 +131,10 @@ def test_training_goes_on_from_its_last_state(algorithm, tmp_path, monkeypatch):
         if not left[0]:
             raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(StateFile, "save", save_and_stop)
-        trained(algorithm, path)
+        with pytest.raises(Stopped):
+            trained(algorithm, path)
     assert same(trained(algorithm, path, log_folder=tmp_path).network, undisturbed(algorithm))
     trained(algorithm, None, log_folder=tmp_path / "whole")
     assert (tmp_path / "progress.csv").read_text() == (tmp_path / "whole" / "progress.csv").read_text()
@@ -182,7 +183,9 @@ def test_damaged_state_is_refused(tmp_path, damage):
     else:
         data = bytes(data).replace(b"weights", b"weighty")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"not a state of training .*; remove it to train anew"):
+    with pytest.raises(
+        ValueError, match=r"is not a training state .*; remove it to train from the beginning"
+    ):
         file.load()
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from deepinsert.controller.policy.baselines import (
+    baseline_columns,
+    compare_with_baselines,
     gate_columns,
-    judge,
     nearest_neighbour_columns,
     ridge_columns,
-    simple_choices,
 )
 
 PROMPTS, LAYERS = 300, 5
@@ -54,9 +54,13 @@ def test_the_gate_learns_the_deepest_layer_within_three_per_cent(observations):
 
 
 def account(rewards, chosen, images=None, train=None):
-    simple = simple_choices(np.zeros((4, 1)), np.zeros((4, 3)), np.ones((4, 3)), np.zeros((len(rewards), 1)))
+    simple = baseline_columns(
+        np.zeros((4, 1)), np.zeros((4, 3)), np.ones((4, 3)), np.zeros((len(rewards), 1))
+    )
     train = rewards if train is None else train
-    return judge(chosen, simple, train, rewards, (0, 2, 4), images or list(range(len(rewards))))
+    return compare_with_baselines(
+        chosen, simple, train, rewards, (0, 2, 4), images or list(range(len(rewards)))
+    )
 
 
 def test_shares_and_regrets_are_those_of_the_rewards():

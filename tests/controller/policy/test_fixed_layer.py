@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 
 from deepinsert.controller.policy.fixed_layer import (
-    WIDE,
     bootstrap_means,
     by_image,
-    caveat,
     choose_fixed_layer,
-    named,
 )
+from deepinsert.controller.policy.sentences import WIDE, fixed_layer_doubt, name_layers
 from deepinsert.controller.statistics import paired_interval
 
 LAYERS = 8
@@ -54,15 +52,15 @@ def test_intervals_are_those_of_a_paired_bootstrap_over_images():
         wanted = paired_interval(rewards[:, column], rewards[:, found.column], keys, samples=4000, seed=1)
         assert interval == pytest.approx(wanted, abs=0.0015)
         assert (column in found.undecided) == (interval.low <= 0 <= interval.high)
-    assert sum(found.picked) == pytest.approx(1)
-    assert found.picked[found.column] == max(found.picked)
+    assert sum(found.best_shares) == pytest.approx(1)
+    assert found.best_shares[found.column] == max(found.best_shares)
 
 
 def test_picks_are_how_often_a_layer_is_best_in_a_bootstrap():
     rng = np.random.default_rng(0)
     first = rng.normal(0, 1, size=100)
     rewards = np.column_stack([first, first[::-1], np.full(100, -9.0)])
-    picked = choose_fixed_layer(rewards, range(100)).picked
+    picked = choose_fixed_layer(rewards, range(100)).best_shares
     assert picked[0] == pytest.approx(0.5, abs=0.05) and picked[2] == 0
 
 
@@ -84,8 +82,10 @@ def test_layers_that_never_differ_are_not_told_apart():
 def test_one_image_tells_nothing():
     rewards, _ = rewards_of(0, 1, questions=40)
     found = choose_fixed_layer(rewards, ["one.png"] * 40)
-    assert found.undecided == tuple(range(LAYERS)) and found.picked == ()
-    assert caveat(found, range(LAYERS), LAYERS) == "1 image does not tell insert layers 0 to 7 apart"
+    assert found.undecided == tuple(range(LAYERS)) and found.best_shares == ()
+    assert (
+        fixed_layer_doubt(found, range(LAYERS), LAYERS) == "1 image does not tell insert layers 0 to 7 apart"
+    )
 
 
 def test_as_many_images_as_are_said_to_be_needed_do_decide():
@@ -113,7 +113,7 @@ def test_as_many_images_as_are_said_to_be_needed_do_decide():
 )
 def test_doubt_is_voiced_where_images_are_few_or_the_layers_many(images, step, said):
     found = choose_fixed_layer(*rewards_of(1, images, step=step))
-    text = caveat(found, range(LAYERS), LAYERS)
+    text = fixed_layer_doubt(found, range(LAYERS), LAYERS)
     wide = found.undecided[-1] - found.undecided[0] > WIDE * LAYERS
     assert (text is not None) == (images < 20 or wide)
     assert text is None if said is None else text.startswith(said)
@@ -130,4 +130,4 @@ def test_doubt_is_voiced_where_images_are_few_or_the_layers_many(images, step, s
     ],
 )
 def test_layers_are_named_shortly(layers, text):
-    assert named(layers) == text
+    assert name_layers(layers) == text

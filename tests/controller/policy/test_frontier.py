@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from deepinsert.controller.policy.frontier import FrontierPoint, frontier, pareto
 from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.outcomes import FrontierPoint
 from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
 
@@ -27,7 +27,7 @@ def reached(policy, table, observations, weight):
 
 def test_frontier_is_what_the_table_says(graded_policy, unseen):
     table, observations = unseen
-    points = frontier(graded_policy, table, observations)
+    points = graded_policy.measure_frontier(table, observations)
     assert len(points) == 13
     assert points[0].skip_weight == 0 and points[-1].skip_weight == 1
     assert sorted(point.skip_weight for point in points) == [point.skip_weight for point in points]
@@ -48,7 +48,7 @@ def test_a_larger_skip_weight_skips_more(graded_policy):
 
 @pytest.mark.parametrize("budget", [0.9, 0.75, 0.6, 0.5])
 def test_a_compute_budget_is_kept_on_unseen_prompts(graded_policy, unseen, budget):
-    weight = graded_policy.asked_skip_weight(flops_ratio=budget)
+    weight = graded_policy.resolve_skip_weight(flops_ratio=budget)
     ratio, increase = reached(graded_policy, *unseen, weight)
     assert ratio <= budget + 0.02
     points = graded_policy.training.frontier
@@ -65,7 +65,7 @@ def test_a_compute_budget_is_kept_on_unseen_prompts(graded_policy, unseen, budge
 
 @pytest.mark.parametrize("tolerated", [0.01, 0.02, 0.05, 0.1])
 def test_a_tolerated_loss_is_kept_on_unseen_prompts(graded_policy, unseen, tolerated):
-    weight = graded_policy.asked_skip_weight(max_loss_increase=tolerated)
+    weight = graded_policy.resolve_skip_weight(max_loss_increase=tolerated)
     ratio, increase = reached(graded_policy, *unseen, weight)
     assert increase <= tolerated + 0.005 and ratio < 1
     points = graded_policy.training.frontier
@@ -73,8 +73,8 @@ def test_a_tolerated_loss_is_kept_on_unseen_prompts(graded_policy, unseen, toler
 
 
 def test_without_a_wish_the_policys_own_skip_weight_is_asked(graded_policy):
-    assert graded_policy.asked_skip_weight() == graded_policy.skip_weight == 1.0
-    assert graded_policy.asked_skip_weight(0.25) == 0.25
+    assert graded_policy.resolve_skip_weight() == graded_policy.skip_weight == 1.0
+    assert graded_policy.resolve_skip_weight(0.25) == 0.25
 
 
 def point(weight, increase, ratio):
@@ -107,12 +107,12 @@ def with_points(policy, *points, **changes):
 def test_a_wish_that_cannot_be_met_names_what_can(graded_policy, wish, value, said):
     policy = with_points(graded_policy, point(0.0, 0.01, 0.9), point(0.5, 0.05, 0.6), point(1.0, 0.1, 0.4))
     with pytest.raises(ValueError, match=said):
-        policy.asked_skip_weight(**{wish: value})
+        policy.resolve_skip_weight(**{wish: value})
 
 
 def test_wishes_exclude_each_other(graded_policy):
     with pytest.raises(ValueError, match="skip_weight and flops_ratio exclude each other"):
-        graded_policy.asked_skip_weight(skip_weight=0.5, flops_ratio=0.5)
+        graded_policy.resolve_skip_weight(skip_weight=0.5, flops_ratio=0.5)
 
 
 def test_a_dip_in_the_curve_is_used_as_it_is(graded_policy):
@@ -123,53 +123,53 @@ def test_a_dip_in_the_curve_is_used_as_it_is(graded_policy):
         point(0.5, 0.03, 0.7),
         point(1.0, 0.2, 0.5),
     )
-    assert policy.asked_skip_weight(flops_ratio=0.65) == 0.4
-    assert policy.asked_skip_weight(max_loss_increase=0.04) == 0.5
+    assert policy.resolve_skip_weight(flops_ratio=0.65) == 0.4
+    assert policy.resolve_skip_weight(max_loss_increase=0.04) == 0.5
 
 
 def test_a_budget_needs_a_policy_over_a_range_that_was_measured(graded_policy):
     single = dataclasses.replace(graded_policy, skip_weights=SkipWeights(0.5, 0.5), skip_weight=0.5)
     for wish in ({"flops_ratio": 0.75}, {"max_loss_increase": 0.02}):
         with pytest.raises(ValueError, match=r"skip weight 0\.5 alone; train one over a range"):
-            single.asked_skip_weight(**wish)
+            single.resolve_skip_weight(**wish)
         with pytest.raises(ValueError, match="not measured"):
-            with_points(graded_policy).asked_skip_weight(**wish)
+            with_points(graded_policy).resolve_skip_weight(**wish)
     with pytest.raises(ValueError, match="without FLOPs"):
-        with_points(graded_policy, point(0.5, 0.1, None)).asked_skip_weight(flops_ratio=0.75)
+        with_points(graded_policy, point(0.5, 0.1, None)).resolve_skip_weight(flops_ratio=0.75)
     with pytest.raises(ValueError, match="insert layer 0 is no candidate"):
-        with_points(graded_policy, point(0.5, None, 0.5)).asked_skip_weight(max_loss_increase=0.02)
+        with_points(graded_policy, point(0.5, None, 0.5)).resolve_skip_weight(max_loss_increase=0.02)
 
 
 def test_survives_saving(graded_policy, tmp_path):
     graded_policy.save(tmp_path)
     loaded = LayerPolicy.load(tmp_path)
     assert loaded.training == graded_policy.training
-    assert loaded.asked_skip_weight(flops_ratio=0.75) == graded_policy.asked_skip_weight(flops_ratio=0.75)
+    assert loaded.resolve_skip_weight(flops_ratio=0.75) == graded_policy.resolve_skip_weight(flops_ratio=0.75)
 
 
 def test_a_table_without_flops_or_layer_0_leaves_them_out(graded_policy, unseen):
     table, observations = unseen
     blind = RewardTable.from_losses(table.losses, range(8), 8)
-    assert {found.flops_ratio for found in frontier(graded_policy, blind, observations)} == {None}
-    assert pareto(graded_policy, blind, observations) is None
+    assert {found.flops_ratio for found in graded_policy.measure_frontier(blind, observations)} == {None}
+    assert graded_policy.pareto_curves(blind, observations) is None
+    deeper = RewardTable.from_losses(table.losses[:, 1:], range(1, 8), 8)
     with pytest.raises(
         ValueError, match=r"the table holds insert layers \[1, 2.*the policy chooses among \[0"
     ):
-        deeper = RewardTable.from_losses(table.losses[:, 1:], range(1, 8), 8)
-        frontier(graded_policy, deeper, observations)
+        graded_policy.measure_frontier(deeper, observations)
 
 
 def test_pareto_holds_policy_fixed_layers_and_oracle(graded_policy, unseen):
     table, observations = unseen
     table.correct = (table.losses < 1.0).astype(float)
-    curves = pareto(graded_policy, table, observations)
+    curves = graded_policy.pareto_curves(table, observations)
     assert curves["prompts"] == 600
     assert [item["insert_layer"] for item in curves["fixed"]] == list(range(8))
     for column, item in enumerate(curves["fixed"]):
         assert item["loss"] == pytest.approx(table.losses[:, column].mean())
         assert item["flops_ratio"] == pytest.approx(table.flops_ratio[:, column].mean())
         assert item["accuracy"] == pytest.approx((table.losses[:, column] < 1.0).mean())
-    wanted = frontier(graded_policy, table, observations)
+    wanted = graded_policy.measure_frontier(table, observations)
     for item, expected in zip(curves["policy"], wanted, strict=True):
         assert {name: item[name] for name in dataclasses.asdict(expected)} == dataclasses.asdict(expected)
     for item in curves["oracle"]:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from deepinsert.controller.learning.algorithms import ppo
 from deepinsert.controller.learning.train_policy import train_policy
-from deepinsert.controller.policy.frontier import FrontierPoint
 from deepinsert.controller.policy.layer_policy import LayerPolicy
+from deepinsert.controller.policy.outcomes import FrontierPoint
 from deepinsert.controller.statistics import Interval
 from deepinsert.envs.observations import Observation
 from deepinsert.envs.rewards.table import RewardTable
@@ -483,9 +483,9 @@ def test_recommends_by_loading_its_own_backbone(tiny_policy, tiny_backbone, tmp_
     picture = Image.new("RGB", (32, 32), "red")
     picture.save(tmp_path / "bus.png")
     loaded = LayerPolicy.load(tmp_path)
-    assert loaded.backbone is None
     advice = loaded.recommend("What colour is the bus?", image=picture)
-    assert loaded.backbone is not None
+    assert loaded.backbone is None
+    assert loaded.checked_backbone() is loaded.checked_backbone()  # it is loaded once
     assert advice.insert_layer in (0, 1, 3)
     assert advice.probability == max(advice.probabilities.values())
     assert sum(advice.probabilities.values()) == pytest.approx(1, abs=1e-6)

@@ -9,11 +9,11 @@ import pytest
 
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import RecommendOptions, TrainPolicyOptions
-from deepinsert.controller.policy.advice import advise, nearest_candidate, policy_sentence
-from deepinsert.controller.policy.frontier import frontier
+from deepinsert.controller.policy.advice import advise, nearest_candidate
 from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.policy.policy_pictures import plot_pareto
 from deepinsert.controller.policy.recommend import run, table_of
+from deepinsert.controller.policy.sentences import policy_sentence
 from deepinsert.controller.prompt_selection import image_prompts
 from deepinsert.controller.runs.folder import start_run
 from deepinsert.controller.statistics import Interval
@@ -230,7 +230,7 @@ def test_a_table_without_flops_draws_no_pareto_picture(policy, prompts, table):
 
 def test_without_rewards_the_pareto_picture_is_that_of_training(policy, prompts, table, tmp_path):
     assert advise(policy, prompts[0])["pareto"] is None  # never measured over its skip weights
-    points = frontier(policy, table, prompt_embeddings(policy.backbone, prompts[0]))
+    points = policy.measure_frontier(table, prompt_embeddings(policy.backbone, prompts[0]))
     measured = judged(policy, None, frontier=points)
     result = advise(measured, prompts[0])
     found = result["pareto"]
@@ -321,7 +321,7 @@ def test_a_table_that_the_policy_was_not_trained_on_is_reported(
 
 def test_command_meets_a_budget(policy, policy_folder, table, prompts, rendered_data, tmp_path):
     observations = prompt_embeddings(policy.backbone, prompts[0])
-    points = frontier(policy, table, observations)
+    points = policy.measure_frontier(table, observations)
     ratio = points[6].flops_ratio
     training = dataclasses.replace(policy.training, frontier=points)
     dataclasses.replace(policy, training=training).save(tmp_path / "policy")

@@ -106,7 +106,7 @@ def test_a_policy_over_a_range_can_be_asked_for_a_budget(data, tiny_backbone):
     inputs = np.concatenate([normaliser(observations), policy.skip_weights.features_of(weights)], axis=1)
     wanted = model.predict(inputs, deterministic=True)[0]
     assert (policy.columns(observations, weights) == wanted).all()
-    assert policy.asked_skip_weight(flops_ratio=1.0) == 0.1
+    assert policy.resolve_skip_weight(flops_ratio=1.0) == 0.1
     with pytest.raises(ValueError, match=r"takes 6 numbers to 3 actions.*22 and 3"):
         from_sb3(make(data), data, tiny_backbone, skip_weights=(0.1, 1.0))
 
@@ -330,7 +330,7 @@ def test_refuses_what_is_no_zip_of_sb3(tmp_path, saved):
     with pytest.raises(FileNotFoundError, match="SB3's save"):
         read_network(tmp_path / "nowhere.zip")
     (tmp_path / "text.zip").write_text("PK")
-    with pytest.raises(ValueError, match=r"text\.zip: not a zip of SB3"):
+    with pytest.raises(ValueError, match=r"text\.zip is not a zip of SB3"):
         read_network(tmp_path / "text.zip")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("data", "{}")
