@@ -24,9 +24,10 @@ from deepinsert.controller.performance.bench import Subject, finish, measure_cel
 from deepinsert.controller.performance.grids import Cell
 from deepinsert.controller.performance.host_syncs import find_syncs
 from deepinsert.controller.performance.performance_tables import measured_on, terminal, text_table
-from deepinsert.controller.performance.published_configurations import PUBLISHED
+from deepinsert.controller.performance.published_configurations import PUBLISHED_MODELS
 from deepinsert.controller.performance.sample_batches import make_batch, tokens_per_image
-from deepinsert.controller.runs.folder import read_result, start_run, write_json
+from deepinsert.controller.runs.atomic_files import write_json
+from deepinsert.controller.runs.folder import read_result, start_run
 
 PAPER = {4: 0.928, 8: 0.881, 12: 0.836}
 """Prefill of LLaVA-1.5-7B by insert layer against stock, on the paper's A100."""
@@ -45,7 +46,7 @@ class GpuOptions(RunOptions):
 
     out: Path = Path("runs/bench-gpu")
     """Run folder; the same command again continues what it finds there."""
-    models: tuple[str, ...] = tuple(PUBLISHED)
+    models: tuple[str, ...] = tuple(PUBLISHED_MODELS)
     """Models to build."""
     insert_layers: str = "0,4,8,12,16"
     """Layers to measure beside the stock model."""
@@ -95,9 +96,9 @@ def run(options: GpuOptions) -> dict[str, Any]:
 
 def check_machine(options: GpuOptions) -> None:
     """Raise `ValueError` for a model that is not known, or a device that is not here."""
-    unknown = [name for name in options.models if name not in PUBLISHED]
+    unknown = [name for name in options.models if name not in PUBLISHED_MODELS]
     if unknown:
-        raise ValueError(f"--models {unknown[0]}: not known; choose among {', '.join(PUBLISHED)}")
+        raise ValueError(f"--models {unknown[0]}: not known; choose among {', '.join(PUBLISHED_MODELS)}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"--device {options.device}: torch finds no CUDA device here; run this on a machine with one, or "
@@ -126,7 +127,7 @@ def cells_of(options: GpuOptions) -> list[Cell]:
     cells = []
     attentions = kernels(options)
     for name in options.models:
-        config = PUBLISHED[name].build("meta", torch.bfloat16, options.scale)
+        config = PUBLISHED_MODELS[name].build("meta", torch.bfloat16, options.scale)
         number, image = config.config.get_text_config().num_hidden_layers, tokens_per_image(config)
         depths = tuple(layer / number for layer in parse_layers(options.insert_layers, number))
         for attention in attentions:
@@ -147,7 +148,7 @@ def published(options: GpuOptions) -> Callable[[Cell], Subject]:
     def prepare(cell: Cell) -> Subject:
         if cell.model not in kept:
             kept.clear()
-            kept[cell.model] = PUBLISHED[cell.model].build(options.device, dtype, options.scale)
+            kept[cell.model] = PUBLISHED_MODELS[cell.model].build(options.device, dtype, options.scale)
         model = kept[cell.model]
         model.set_attn_implementation(cell.attention)
         batch = make_batch(model, cell.texts(), cell.images(tokens_per_image(model)))

@@ -30,7 +30,9 @@ from deepinsert.controller.options import RunOptions
 from deepinsert.controller.performance.arms import Arm, Clock, Spent, compare, take_turns
 from deepinsert.controller.performance.performance_tables import markdown_table, measured_on, text_table
 from deepinsert.controller.performance.random_models import BENCH_MODELS, PATCH_SIZE, build_bench_model
-from deepinsert.controller.runs.folder import machine, replacing, start_run, write_json, write_result
+from deepinsert.controller.runs.atomic_files import atomic_file, write_json
+from deepinsert.controller.runs.folder import start_run, write_result
+from deepinsert.controller.runs.machine import machine_facts
 from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.data.rendering import render_instructions
 from deepinsert.envs.prompts import Prompt, prompts_from
@@ -95,11 +97,11 @@ def run(options: TableBenchOptions) -> dict[str, Any]:
             print(f"{case.name}, {case.questions} questions an image", file=sys.stderr, flush=True)
             write_json(path, measure(case, options))
         rows.append(json.loads(path.read_text("utf-8")))
-    result = {"rows": rows, "rounds": options.repeats, "machine": machine(), "device": options.device}
+    result = {"rows": rows, "rounds": options.repeats, "machine": machine_facts(), "device": options.device}
     write_result(out, result)
     cells = [table_row(row) for row in rows]
     caption = f"{options.repeats} rounds on {measured_on(result)}; quartiles in brackets."
-    with replacing(out / "table.md") as path:
+    with atomic_file(out / "table.md") as path:
         path.write_text(f"{markdown_table(HEADINGS, cells)}\n\n{caption}\n", "utf-8")
     print(f"{text_table(HEADINGS, cells)}\n{caption}")
     return result

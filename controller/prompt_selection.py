@@ -1,4 +1,4 @@
-"""The prompts that a command's data options name."""
+"""Reads the prompts that a command's data options select."""
 
 from __future__ import annotations
 
@@ -12,24 +12,40 @@ from .option_checks import parse_share, parse_sources
 
 
 class DataChoice(Protocol):
-    """What `TrainPolicyOptions`, `RecommendOptions` and the like have in common."""
+    """The data options that commands such as train-policy, recommend and finetune share."""
 
     @property
-    def data(self) -> Path | None: ...
+    def data(self) -> Path | None:
+        """File of instructions."""
+
     @property
-    def image_root(self) -> Path | None: ...
+    def image_root(self) -> Path | None:
+        """Folder that image paths are relative to; None means the folder of the data file."""
+
     @property
-    def sources(self) -> str: ...
+    def sources(self) -> str:
+        """Sources to keep, separated by commas."""
+
     @property
-    def fraction(self) -> float: ...
+    def fraction(self) -> float:
+        """Share of the records to use, above 0 and at most 1."""
+
     @property
-    def max_bad(self) -> str: ...
+    def max_bad(self) -> str:
+        """Largest share of broken records, as a number or a percentage."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Seed of the choice of records."""
 
 
 def read_data(options: DataChoice) -> InstructionData:
-    """The records that the options name. Raises `DatasetError` for data that cannot be used."""
+    """Read the records that the options select.
+
+    Raises:
+        ValueError: `--data` is missing, or an option cannot be used.
+        DatasetError: the data cannot be used.
+    """
     if options.data is None:
         raise ValueError("--data: give a file of instructions")
     return load_instructions(
@@ -43,14 +59,18 @@ def read_data(options: DataChoice) -> InstructionData:
 
 
 def image_prompts(options: DataChoice) -> tuple[list[Prompt], int]:
-    """One prompt per question that has an image, and the number of those left out for having none.
+    """Return one prompt per question with an image, and the number of questions without one.
 
-    A prompt without multimodal tokens loses nothing at any insert layer. It would pay the whole skip bonus
-    for a choice that does not exist, draw every mean towards the deepest layer, and make any policy that can
-    tell it apart look good. Raises `ValueError` where no prompt is left.
+    A prompt without multimodal tokens has the same loss at every insert layer. It would earn the whole skip
+    bonus without a trade-off, draw every mean towards the deepest layer, and favour any policy that
+    recognises it.
+
+    Raises:
+        ValueError: no question has an image.
+        DatasetError: the data cannot be used.
     """
-    every = prompts_from(read_data(options), per="turn")
-    prompts = [prompt for prompt in every if prompt.images]
+    all_prompts = prompts_from(read_data(options), per="turn")
+    prompts = [prompt for prompt in all_prompts if prompt.images]
     if not prompts:
-        raise ValueError(f"--data {options.data}: none of its {len(every)} questions has an image")
-    return prompts, len(every) - len(prompts)
+        raise ValueError(f"--data {options.data}: none of its {len(all_prompts)} questions has an image")
+    return prompts, len(all_prompts) - len(prompts)

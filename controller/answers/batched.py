@@ -1,7 +1,4 @@
-"""What a backbone says to prompts, each at its own insert layer: greedy answers, losses, FLOPs.
-
-In batches, with progress shown.
-"""
+"""Greedy answers, losses and FLOPs of a backbone in batches, each prompt at its own insert layer."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from numpy.typing import NDArray
 
 from deepinsert.backbones import Backbone
 from deepinsert.backbones.loading import to_model
-from deepinsert.controller.runs.folder import progress
+from deepinsert.controller.runs.progress_bars import progress_bar
 from deepinsert.envs.prompts import Prompt
 from deepinsert.envs.rewards.block_forward import BlockForward
 
@@ -26,14 +23,25 @@ def generate_answers(
     max_new_tokens: int = 32,
     label: str = "answers",
 ) -> list[str]:
-    """The answer that greedy decoding gives to each prompt (P) at its insert layer (P), at most
-    `max_new_tokens` long."""
+    """Generate the greedy answer to each of P prompts at its insert layer.
+
+    Args:
+        backbone: the backbone that answers.
+        prompts: the P prompts.
+        insert_layers: the insert layer of each prompt (P).
+        batch_size: prompts per call of the model.
+        max_new_tokens: the largest number of tokens in an answer.
+        label: the text before the progress bar.
+
+    Returns:
+        The answers, in the order of the prompts.
+    """
     answers: list[str] = []
-    for start in progress(range(0, len(prompts), batch_size), label):
-        rows = slice(start, start + batch_size)
+    for start in progress_bar(range(0, len(prompts), batch_size), label):
+        batch = slice(start, start + batch_size)
         answers += backbone.generate(
-            prompts[rows],
-            insert_layer=insert_layers[rows],
+            prompts[batch],
+            insert_layer=insert_layers[batch],
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )
@@ -47,26 +55,48 @@ def losses_and_flops(
     batch_size: int = 32,
     label: str = "loss",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Loss (P) of each prompt's answer in nats at its insert layer (P), NaN where it has none, and prefill
-    FLOPs (P, 2) there and at layer 0."""
-    own = np.array(insert_layers)
-    answered = np.array([bool(prompt.answer) for prompt in prompts])
+    """Compute the loss and the prefill FLOPs of each of P prompts at its insert layer.
+
+    Args:
+        backbone: the backbone to run.
+        prompts: the P prompts, with or without references.
+        insert_layers: the insert layer of each prompt (P).
+        batch_size: prompts per call of the model.
+        label: the text before the progress bar.
+
+    Returns:
+        The losses (P) in nats, NaN for prompts without a reference, and the FLOPs (P, 2): at the prompt's own
+        insert layer and at layer 0.
+    """
+    layers = np.array(insert_layers)
+    has_reference = np.array([bool(prompt.answer) for prompt in prompts])
     losses, flops = np.full(len(prompts), np.nan), np.empty((len(prompts), 2))
-    for known in (True, False):
-        where = np.flatnonzero(answered == known)
-        forward = BlockForward(backbone, [prompts[int(row)] for row in where])
-        starts = range(0, len(where), batch_size)
-        for start in progress(starts, label if known else f"{label}, no reference") if len(where) else ():
-            rows, part = where[start : start + batch_size], slice(start, start + batch_size)
-            inputs = forward.encode(part) if known else generation_inputs(backbone, forward.prompts[part])
-            layers, column = np.unique([0, *own[rows]], return_inverse=True)
-            costs = forward.flops(part, inputs, layers.tolist())
-            flops[rows] = np.stack([costs[np.arange(len(rows)), column[1:]], costs[:, 0]], axis=1)
-            if known:
-                losses[rows] = forward.losses(inputs, own[rows].tolist())
+    for with_reference in (True, False):
+        rows = np.flatnonzero(has_reference == with_reference)
+        if not len(rows):
+            continue
+        forward = BlockForward(backbone, [prompts[int(row)] for row in rows])
+        bar_label = label if with_reference else f"{label}, no reference"
+        for start in progress_bar(range(0, len(rows), batch_size), bar_label):
+            batch_rows, batch = rows[start : start + batch_size], slice(start, start + batch_size)
+            if with_reference:
+                inputs = forward.encode(batch)
+                losses[batch_rows] = forward.losses(inputs, layers[batch_rows].tolist())
+            else:
+                inputs = generation_inputs(backbone, forward.prompts[batch])
+            flops[batch_rows] = _flops_here_and_stock(forward, batch, inputs, layers[batch_rows])
     return losses, flops
 
 
+def _flops_here_and_stock(
+    forward: BlockForward, batch: slice, inputs: dict[str, torch.Tensor], layers: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the prefill FLOPs (B, 2) of the rows of `batch` at their insert layers (B) and at layer 0."""
+    candidates, columns = np.unique([0, *layers], return_inverse=True)
+    costs = forward.flops(batch, inputs, candidates.tolist())
+    return np.stack([costs[np.arange(len(layers)), columns[1:]], costs[:, 0]], axis=1)
+
+
 def generation_inputs(backbone: Backbone, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """Inputs for `generate`: padded left, ending where the answer begins, on the backbone's device."""
+    """Return inputs for `generate` on the model's device: padded left, ending where the answer begins."""
     return to_model(Prompt.to_generate(backbone.processor, prompts), backbone.model)

@@ -1,7 +1,7 @@
-"""Whether greedy answers are right at many insert layers, generating only those that are not known already.
+"""Correctness of greedy answers at many insert layers, with as little generation as possible.
 
-Where each token of the reference is the most probable one after those before it, greedy decoding writes the
-reference: it need not be run.
+If every token of the reference is the most probable one after the tokens before it, greedy decoding writes
+the reference, and generation can be left out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from deepinsert.envs.prompts import IGNORED, Prompt, encode
 from .batched import generation_inputs
 
 EXTRA_TOKENS = 4
-"""How many tokens longer than its reference an answer may become."""
+"""How many tokens an answer may be longer than its reference."""
 
-# What a generation config may hold that makes greedy decoding choose another than the most probable token,
-# with the values that change nothing.
-ALTERING: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
@@ -43,98 +41,117 @@ ALTERING: dict[str, tuple[Any, ...]] = {
     "stop_strings": (None,),
     "max_time": (None,),
 }
+"""Fields of a generation config that can make greedy decoding choose another token than the most probable
+one, with the values at which they do not."""
 
 
-def judge(
+def greedy_correctness(
     backbone: Backbone,
     prompts: Sequence[Prompt],
     insert_layers: Sequence[int],
-    greedy: NDArray[np.bool_],
-    wanted: NDArray[np.bool_],
+    is_greedy: NDArray[np.bool_],
+    cells: NDArray[np.bool_],
     batch_size: int = 32,
-    told: Callable[[int], object] = lambda done: None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.float64]:
-    """Whether prompts are answered right, by `exact_match` of greedy answers: (P, K) of 1 and 0.
+    """Grade greedy answers to P prompts at K insert layers by `exact_match`.
 
-    Only the cells `wanted` (P, K) are judged, the others are NaN. `greedy` (P, K) says where every token of
-    the reference is the most probable one. `told` hears how many cells were judged. An answer does not depend
-    on the batch it is generated in, unless two tokens are equally probable to within rounding.
+    An answer does not depend on the batch it is generated in, unless two tokens are equally probable to
+    within rounding.
+
+    Args:
+        backbone: the backbone that answers.
+        prompts: the P prompts, each with its reference.
+        insert_layers: the K insert layers.
+        is_greedy: (P, K), whether every token of the reference is the most probable one.
+        cells: (P, K), the cells to grade.
+        batch_size: prompts per call of the model.
+        advance: is called with the number of cells that have been graded since the last call.
+
+    Returns:
+        (P, K) float64: 1 for a right answer, 0 for a wrong one, NaN outside `cells`.
     """
-    correct = np.full(wanted.shape, np.nan)
-    asked_for = np.asarray((greedy & wanted).any(axis=1))
-    sure = sure_answers(backbone, prompts, asked_for, batch_size)
-    known = greedy & wanted & np.array([answer is not None for answer in sure])[:, None]
-    for row, answer in enumerate(sure):
+    correct = np.full(cells.shape, np.nan)
+    needs_reference = np.asarray((is_greedy & cells).any(axis=1))
+    reference_answers = answers_without_generation(backbone, prompts, needs_reference, batch_size)
+    has_answer = np.array([answer is not None for answer in reference_answers])
+    without_generation = is_greedy & cells & has_answer[:, None]
+    for row, answer in enumerate(reference_answers):
         if answer is not None:
-            correct[row, known[row]] = exact_match(answer, prompts[row].answer)
-    told(int(known.sum()))
+            correct[row, without_generation[row]] = exact_match(answer, prompts[row].answer)
+    advance(int(without_generation.sum()))
     for column, layer in enumerate(insert_layers):
-        rows = np.flatnonzero(wanted[:, column] & ~known[:, column])
+        rows = np.flatnonzero(cells[:, column] & ~without_generation[:, column])
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            asked = [prompts[row] for row in batch]
-            answers = answers_at_layer(backbone, asked, layer)
-            correct[batch, column] = [
-                exact_match(answer, prompt.answer) for answer, prompt in zip(answers, asked, strict=True)
+            batch_rows = rows[start : start + batch_size]
+            batch = [prompts[row] for row in batch_rows]
+            answers = answers_at_layer(backbone, batch, layer)
+            correct[batch_rows, column] = [
+                exact_match(answer, prompt.answer) for answer, prompt in zip(answers, batch, strict=True)
             ]
-            told(len(batch))
+            advance(len(batch_rows))
     return correct
 
 
 def answers_at_layer(backbone: Backbone, prompts: Sequence[Prompt], insert_layer: int) -> list[str]:
-    """Greedy answers of a batch of prompts, each at most `EXTRA_TOKENS` longer than its reference."""
+    """Generate greedy answers to one batch, each at most `EXTRA_TOKENS` longer than its reference."""
     model: Any = backbone.model
     inputs = generation_inputs(backbone, prompts)
     start = inputs["input_ids"].shape[1]
     limits = answer_limits(backbone, prompts)
     with torch.inference_mode(), backbone.insert_at(insert_layer):
         tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max(limits))
-    rows = [row[start : start + limit] for row, limit in zip(tokens, limits, strict=True)]
-    return backbone.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    answers = [row[start : start + limit] for row, limit in zip(tokens, limits, strict=True)]
+    return list(backbone.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
 
 def answer_limits(backbone: Backbone, prompts: Sequence[Prompt]) -> list[int]:
-    """The most tokens each prompt's answer may have."""
+    """Return the largest number of tokens that the answer to each prompt may have."""
     references = backbone.tokenizer([prompt.answer for prompt in prompts], add_special_tokens=False)
     return [len(ids) + EXTRA_TOKENS for ids in references["input_ids"]]
 
 
-def sure_answers(
-    backbone: Backbone, prompts: Sequence[Prompt], asked: NDArray[np.bool_], batch_size: int = 32
+def answers_without_generation(
+    backbone: Backbone, prompts: Sequence[Prompt], selected: NDArray[np.bool_], batch_size: int = 32
 ) -> list[str | None]:
-    """What greedy decoding writes of each prompt (P) if each token of its reference is the most probable one.
+    """Return what greedy decoding writes if every token of a prompt's reference is the most probable one.
 
-    None for prompts that are not `asked` (P) for, and where decoding need not follow the reference: where its
-    tokens do not continue those of the prompt (a tokenizer may merge across the border), where it does not
-    end in a token that ends generation, or where the generation config alters the choice of tokens.
+    The answer is None for prompts outside `selected` (P,), and for those whose decoding may differ from the
+    reference: its tokens do not continue the prompt's tokens (a tokenizer may merge across the border), it
+    does not end in a token that ends generation, or the generation config changes the choice of tokens.
     """
     config: Any = backbone.model.generation_config
     answers: list[str | None] = [None] * len(prompts)
-    if any(getattr(config, name, None) not in neutral for name, neutral in ALTERING.items()):
+    if any(getattr(config, name, None) not in neutral for name, neutral in NEUTRAL_VALUES.items()):
         return answers
-    ends = config.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-    rows = np.flatnonzero(asked)
+    end_ids = config.eos_token_id
+    ends = set() if end_ids is None else {end_ids} if isinstance(end_ids, int) else set(end_ids)
+    rows = np.flatnonzero(selected)
     for start in range(0, len(rows), batch_size):
-        batch = [prompts[row] for row in rows[start : start + batch_size]]
-        spoken = _spoken_tokens(backbone, batch)
+        batch_rows = rows[start : start + batch_size]
+        batch = [prompts[row] for row in batch_rows]
+        references = _reference_tokens(backbone, batch)
         limits = answer_limits(backbone, batch)
-        for row, tokens, limit in zip(rows[start : start + batch_size], spoken, limits, strict=True):
-            ending = [token in ends for token in tokens]
-            if len(tokens) <= limit and sum(ending) == 1 and ending[-1]:
+        for row, tokens, limit in zip(batch_rows, references, limits, strict=True):
+            is_end = [token in ends for token in tokens]
+            if len(tokens) <= limit and sum(is_end) == 1 and is_end[-1]:
                 answers[row] = backbone.tokenizer.decode(tokens, skip_special_tokens=True)
     return answers
 
 
-def _spoken_tokens(backbone: Backbone, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The labelled tokens of each prompt's answer; none where they do not follow the prompt's own at once."""
-    whole, bare = encode(backbone.processor, prompts), encode(backbone.processor, prompts, with_answers=False)
-    found = []
+def _reference_tokens(backbone: Backbone, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the labelled tokens of each reference; none if they do not directly follow the prompt's."""
+    answered = encode(backbone.processor, prompts)
+    unanswered = encode(backbone.processor, prompts, with_answers=False)
+    references = []
     for row in range(len(prompts)):
-        kept = whole["attention_mask"][row].bool()
-        ids, labels = whole["input_ids"][row, kept].tolist(), whole["labels"][row, kept].tolist()
-        before = bare["input_ids"][row, bare["attention_mask"][row].bool()].tolist()
-        said = [label for label in labels[len(before) :] if label != IGNORED]
-        follows = ids[: len(before)] == before and labels[len(before) : len(before) + len(said)] == said
-        found.append(said if follows else [])
-    return found
+        present = answered["attention_mask"][row].bool()
+        ids, labels = answered["input_ids"][row, present].tolist(), answered["labels"][row, present].tolist()
+        prompt_ids = unanswered["input_ids"][row, unanswered["attention_mask"][row].bool()].tolist()
+        tokens = [label for label in labels[len(prompt_ids) :] if label != IGNORED]
+        follows = (
+            ids[: len(prompt_ids)] == prompt_ids
+            and labels[len(prompt_ids) : len(prompt_ids) + len(tokens)] == tokens
+        )
+        references.append(tokens if follows else [])
+    return references

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepinsert.controller.metrics.benchmark import Benchmark, Example, Score, questions
-from deepinsert.controller.runs.folder import progress
+from deepinsert.controller.runs.progress_bars import progress_bar
 from deepinsert.controller.statistics import (
     drawn_interval,
     mcnemar,
@@ -211,7 +211,7 @@ class Comparison:
         """The benchmark's number of a variant for `score_samples` bootstrap draws of the questions."""
         if index not in self.drawn:
             label = f"{self.variants[index].name}: interval of {self.benchmark.name}"
-            turns = progress(range(self.score_samples), label)
+            turns = progress_bar(range(self.score_samples), label)
 
             def score(drawn: NDArray[np.int64]) -> float:
                 next(turns)

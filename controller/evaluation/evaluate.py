@@ -22,14 +22,9 @@ from deepinsert.controller.metrics.benchmark import Benchmark, Example, askable,
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import EvaluateOptions
 from deepinsert.controller.prompt_selection import read_data
-from deepinsert.controller.runs.folder import (
-    machine,
-    read_result,
-    replacing,
-    start_run,
-    to_json,
-    write_result,
-)
+from deepinsert.controller.runs.atomic_files import atomic_file, to_json
+from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.machine import machine_facts
 from deepinsert.envs.prompts import Prompt, prompts_from
 
 from .comparison import Comparison, Predictions
@@ -83,7 +78,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             "batch_size": options.batch_size,
             "repeats": options.timing_repeats,
             "decode_tokens": DECODE_TOKENS,
-            "machine": machine(),
+            "machine": machine_facts(),
         },
     }
     result = to_json(result)
@@ -173,7 +168,7 @@ def predict(
             }
             for row, example in enumerate(examples)
         ]
-        with replacing(path) as temporary:
+        with atomic_file(path) as temporary:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             temporary.write_text("".join(lines), encoding="utf-8")
     answers = [row["prediction"] for row in rows]

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from deepinsert.controller.runs.folder import describe_machine, save_figure
+from deepinsert.controller.runs.atomic_files import save_figure
+from deepinsert.controller.runs.machine import describe_machine
 
 
 def figure1(found: Mapping[str, Any], path: Path) -> None:

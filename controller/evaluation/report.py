@@ -13,15 +13,9 @@ import numpy as np
 
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import ReportOptions
-from deepinsert.controller.runs.folder import (
-    describe_machine,
-    read_config,
-    read_result,
-    replacing,
-    start_run,
-    write_json,
-    write_result,
-)
+from deepinsert.controller.runs.atomic_files import atomic_file, write_json
+from deepinsert.controller.runs.folder import read_config, read_result, start_run, write_result
+from deepinsert.controller.runs.machine import describe_machine
 
 from .evaluation_pictures import figure1, layer_of
 from .variants import variant_names
@@ -58,7 +52,7 @@ def write_table1(results: Sequence[Result], out: Path) -> dict[str, Any]:
     """Write `table1.md`, `table1.json` and `figure1.png` of one or several results; return the table."""
     found = table1(results)
     write_json(out / "table1.json", found)
-    with replacing(out / "table1.md") as temporary:
+    with atomic_file(out / "table1.md") as temporary:
         temporary.write_text(markdown(found), "utf-8")
     figure1(found, out / "figure1.png")
     return found

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from deepinsert.backbones import Backbone, CostModel
 from deepinsert.controller.answers.batched import generation_inputs
-from deepinsert.controller.runs.folder import progress
+from deepinsert.controller.runs.progress_bars import progress_bar
 from deepinsert.envs.prompts import Prompt
 from deepinsert.envs.rewards.time_bonus import WARM_UP, synchronise
 
@@ -81,7 +81,7 @@ def time_variants(
     rounds = [(name, repeat) for name in batches for repeat in range(-WARM_UP, repeats)]
     inputs: list[dict[str, torch.Tensor]] = []
     found: dict[str, list[Timing]] = {}
-    for name, repeat in progress(rounds, "timing"):
+    for name, repeat in progress_bar(rounds, "timing"):
         asked = [prompts[row] for row in batches[name]]
         if name not in found:
             found[name] = [Timing(len(asked), [], [], [], []) for _ in variants]

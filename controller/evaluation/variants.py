@@ -13,7 +13,7 @@ from deepinsert.backbones import Backbone, load_backbone
 from deepinsert.controller.option_checks import parse_layers
 from deepinsert.controller.options import EvaluateOptions
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.runs.manifest import check_whole
+from deepinsert.controller.runs.manifest import check_complete
 from deepinsert.envs.prompts import Prompt
 
 
@@ -91,7 +91,7 @@ def finetuned_variants(options: EvaluateOptions, prompts: int) -> list[Variant]:
                 f"--variants {folder}: not the folder of a finished finetune (it needs result.json and "
                 "checkpoint/); run finetune with that --out, the same command continues a run cut off"
             )
-        check_whole(checkpoint)
+        check_complete(checkpoint)
         backbone = load_backbone(checkpoint, device=options.device, dtype=options.dtype)
         found.append(Variant.fixed(name, folder, backbone, prompts))
     return found

@@ -24,15 +24,15 @@ from transformers import PreTrainedModel
 
 from deepinsert.backbones.compat.accelerate import uses_fsdp
 from deepinsert.backbones.compat.trainer import RNG_STATE, SeamTrainer
-from deepinsert.controller.runs.folder import sync
+from deepinsert.controller.runs.atomic_files import sync
 from deepinsert.controller.runs.manifest import (
     MANIFEST,
     CheckpointError,
-    check_whole,
-    manifest_files,
+    check_complete,
+    read_manifest,
     write_manifest,
 )
-from deepinsert.controller.runs.storage import naming_storage
+from deepinsert.controller.runs.storage_errors import explain_storage_errors
 
 TRAINING = "training"  # folder of the checkpoints in a run folder
 KEPT = 2  # complete checkpoints: the newest, and the one before it should a disk spoil the newest
@@ -55,7 +55,7 @@ def newest_complete(folder: Path, identity: dict[str, Any]) -> Path | None:
     """
     for path in checkpoint_folders(folder):
         try:
-            manifest = check_whole(path)
+            manifest = check_complete(path)
         except CheckpointError as error:
             if (path / MANIFEST).exists():
                 print(f"{error}; continuing from the checkpoint before it", file=sys.stderr)
@@ -90,7 +90,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that takes its place, synced, when the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -123,7 +123,7 @@ def continuable(run: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
     @wraps(run)
     def named(options: Any) -> Answer:
         out = Path(options.out)
-        with naming_storage(out, lambda: how_to_continue(out / TRAINING)):
+        with explain_storage_errors(out, lambda: how_to_continue(out / TRAINING)):
             return run(options)
 
     return named
@@ -169,7 +169,7 @@ class ResumableTrainer(SeamTrainer):
         newest = newest_complete(self.training_folder, self.identity)
         if newest is None:
             return None
-        processes = manifest_files(newest).get("processes", 1)
+        processes = read_manifest(newest).get("processes", 1)
         if processes != self.args.world_size:
             print(
                 f"{newest} was written by {processes} processes and is continued by {self.args.world_size}: "
@@ -181,7 +181,7 @@ class ResumableTrainer(SeamTrainer):
     def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.training_folder / f"checkpoint-{self.state.global_step}"
         try:
-            with naming_storage(folder, lambda: how_to_continue(self.training_folder)):
+            with explain_storage_errors(folder, lambda: how_to_continue(self.training_folder)):
                 if self.args.should_save:
                     remove_checkpoint(folder)  # what a kill left must not mix with this one
                 self.accelerator.wait_for_everyone()

@@ -23,7 +23,8 @@ from deepinsert.backbones import Backbone
 from deepinsert.controller.option_checks import check, flag
 from deepinsert.controller.options import FinetuneOptions
 from deepinsert.controller.prompt_selection import read_data
-from deepinsert.controller.runs.folder import read_result, save_figure, start_run, write_result
+from deepinsert.controller.runs.atomic_files import save_figure
+from deepinsert.controller.runs.folder import read_result, start_run, write_result
 from deepinsert.envs.prompts import Prompt, prompts_from
 
 from .batches import PromptDataset, collator

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from deepinsert.controller.runs.folder import replacing
+from deepinsert.controller.runs.atomic_files import atomic_file
 from deepinsert.controller.runs.manifest import CARD
 
 PAPER = "https://arxiv.org/abs/2504.19327"
@@ -261,7 +261,7 @@ def published_as(text: str, repository: str, subfolder: str = "") -> str:
 
 def save(card: ModelCard, path: Path) -> None:
     """Write a card, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(str(card), "utf-8")
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as NetworkError  # of the HTTP library in use, which changed
 
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.runs.manifest import CARD, check_whole
+from deepinsert.controller.runs.manifest import CARD, check_complete
 
 from .model_card import published_as
 
@@ -50,7 +50,7 @@ def publish(options: FinetuneOptions) -> str:
             file=sys.stderr,
         )
     for folder in folders:
-        check_whole(folder)
+        check_complete(folder)
     try:
         if constants.HF_HUB_OFFLINE:  # `create_repo` would try the network
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set: unset it to push")

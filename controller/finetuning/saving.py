@@ -16,11 +16,12 @@ from deepinsert.backbones.compat.peft import CARD as PEFT_CARD
 from deepinsert.backbones.loading import ADAPTER_FACTS
 from deepinsert.backbones.mechanism.insertion import CONFIG_KEY
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.runs.folder import versions, write_json
+from deepinsert.controller.runs.atomic_files import write_json
+from deepinsert.controller.runs.machine import package_versions
 from deepinsert.controller.runs.manifest import sha256, write_manifest
 from deepinsert.envs.data.instructions import InstructionData
 
-from .checkpoints import replacing_folder
+from .checkpoints import atomic_folder
 from .model_card import Facts, write_card
 
 
@@ -43,7 +44,7 @@ def save_variant(
     adapter = None
     if isinstance(model, PeftModel):
         adapter = str(out / "adapter")
-        with replacing_folder(out / "adapter") as folder:
+        with atomic_folder(out / "adapter") as folder:
             model.save_pretrained(str(folder))
             (folder / PEFT_CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
             base = Path(backbone.name)
@@ -55,7 +56,7 @@ def save_variant(
             backbone = ordinary()
             model = PeftModel.from_pretrained(backbone.model, adapter)
         model = model.merge_and_unload()
-    with replacing_folder(out / "checkpoint") as folder:
+    with atomic_folder(out / "checkpoint") as folder:
         replace(backbone, model=model.to(dtype)).save_pretrained(folder)
         write_manifest(folder)
     return adapter
@@ -83,7 +84,7 @@ def write_cards(
         sources=Counter(record.source for record in data),
         options=asdict(options),
         result=result,
-        versions=versions(),
+        versions=package_versions(),
     )
     write_card(out / "checkpoint", facts)
     if (out / "adapter").is_dir():

@@ -19,8 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deepinsert.backbones.compat.accelerate import is_sharded, uses_fsdp, wrap_layers
 from deepinsert.backbones.compat.torch import can_reduce_unused, reduce_unused
 from deepinsert.backbones.families import find_stack
+from deepinsert.controller.runs.atomic_files import atomic_file
 from deepinsert.controller.runs.event_file import EventFile
-from deepinsert.controller.runs.folder import progress, replacing
+from deepinsert.controller.runs.progress_bars import progress_bar
 
 from .batches import PromptDataset, PromptOrder
 from .checkpoints import ResumableTrainer
@@ -161,7 +162,7 @@ class LossLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        with replacing(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        with atomic_file(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(
@@ -176,7 +177,7 @@ class LossLog(TrainerCallback):
             )
         self.writer = EventFile(self.out, first_step=state.global_step + 1)
         steps = range(state.global_step, state.max_steps)
-        self.bar = progress(steps, "finetune", len(steps))
+        self.bar = progress_bar(steps, "finetune", len(steps))
         next(self.bar, None)
         kwargs["model"].train()
 

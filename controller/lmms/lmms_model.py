@@ -20,7 +20,7 @@ from deepinsert.backbones import load_backbone
 from deepinsert.backbones.loading import to_model
 from deepinsert.controller.answers.batched import generation_inputs
 from deepinsert.controller.policy.layer_policy import LayerPolicy
-from deepinsert.controller.runs.folder import progress
+from deepinsert.controller.runs.progress_bars import progress_bar
 from deepinsert.envs.prompts import IGNORED, Prompt, answer_loss, encode
 from deepinsert.envs.rewards.block_forward import BlockForward
 
@@ -100,7 +100,7 @@ class DeepInsertSimple(lmms):
         """An answer, a `GenerationResult`, to each request, in their order."""
         answers: list[Any] = [None] * len(requests)
         seconds, tokens = 0.0, 0
-        for rows in progress(list(self.batches(requests)), "answers"):
+        for rows in progress_bar(list(self.batches(requests)), "answers"):
             prompts = [self.ask(requests[row]) for row in rows]
             wish = self.wish(requests[rows[0]])
             started = time.perf_counter()
@@ -150,7 +150,7 @@ class DeepInsertSimple(lmms):
         The loss, not its negative, as in lmms-eval's own models: its multiple choice takes the least.
         """
         scores: list[Any] = [None] * len(requests)
-        for start in progress(range(0, len(requests), self.batch_size), "losses"):
+        for start in progress_bar(range(0, len(requests), self.batch_size), "losses"):
             rows = range(start, min(start + self.batch_size, len(requests)))
             prompts = [self.given(requests[row]) for row in rows]
             inputs = to_model(encode(self.backbone.processor, prompts), self.backbone.model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepinsert.controller.metrics.rules.exact_match import exact_match
-from deepinsert.controller.runs.folder import replacing
+from deepinsert.controller.runs.atomic_files import atomic_file
 from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import prompts_from
 
@@ -76,9 +76,9 @@ def write_task(options: TaskOptions) -> Path:
     kinds: dict[str, Any] = dict.fromkeys(columns, Value("string"))
     data = Dataset.from_dict(columns, Features(kinds | {"images": List(Image())}))
     options.out.mkdir(parents=True, exist_ok=True)
-    with replacing(options.out / "questions.parquet") as temporary:
+    with atomic_file(options.out / "questions.parquet") as temporary:
         data.to_parquet(str(temporary))
-    with replacing(options.out / f"{options.name}.yaml") as temporary:
+    with atomic_file(options.out / f"{options.name}.yaml") as temporary:
         temporary.write_text(YAML.format(name=options.name, max_new_tokens=options.max_new_tokens), "utf-8")
     return options.out
 

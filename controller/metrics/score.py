@@ -12,7 +12,8 @@ from deepinsert.controller.metrics.formats.records import Row, read_jsonl
 from deepinsert.controller.metrics.formats.vqa import bare_question
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import ScoreOptions
-from deepinsert.controller.runs.folder import read_result, replacing, start_run, write_result
+from deepinsert.controller.runs.atomic_files import atomic_file
+from deepinsert.controller.runs.folder import read_result, start_run, write_result
 from deepinsert.envs.data.media import DatasetError
 
 from .benchmark import benchmark, questions
@@ -140,7 +141,7 @@ def write_scores(path: Path, answers: Sequence[str], examples: Sequence[Example]
         }
         for place, (answer, example) in enumerate(zip(answers, examples, strict=True))
     ]
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         temporary.write_text("".join(lines), encoding="utf-8")
 

@@ -6,7 +6,6 @@ table it writes is what policies are trained on and judged by.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from deepinsert.backbones import Backbone, load_backbone
-from deepinsert.controller.answers.greedy import judge
+from deepinsert.controller.answers.greedy import greedy_correctness
 from deepinsert.controller.option_checks import parse_layers, parse_shard
 from deepinsert.controller.options import SweepOptions
 from deepinsert.controller.prompt_selection import read_data
 from deepinsert.controller.runs.folder import read_result, same_run, start_run, write_result
+from deepinsert.controller.runs.processes import Processes
 from deepinsert.envs.prompts import Prompt, prompts_from
 from deepinsert.envs.rewards.cells import columns_of, prompt_columns, take_over
 from deepinsert.envs.rewards.files import RewardFiles
@@ -54,7 +54,8 @@ def run(options: SweepOptions) -> dict[str, Any]:
     Raises `ValueError` where the folder holds another run or an option cannot be used, `DatasetError` where
     the data cannot.
     """
-    share = parse_shard(options.shard) or rank()
+    processes = Processes.from_environment()
+    share = parse_shard(options.shard) or (processes.rank, processes.world_size)
     for name, value in (("--batch-size", options.batch_size), ("--batch-tokens", options.batch_tokens)):
         if value < 1:
             raise ValueError(f"{name} {value}: give at least 1")
@@ -142,7 +143,9 @@ class Sweep:
         if wanted.any():
             asked = [self.prompts[row] for row in rows]
             greedy = table.greedy[rows] == 1
-            judged = judge(self.backbone, asked, table.insert_layers, greedy, wanted, self.batch_size, told)
+            judged = greedy_correctness(
+                self.backbone, asked, table.insert_layers, greedy, wanted, self.batch_size, told
+            )
             table.correct[rows] = np.where(wanted, judged, table.correct[rows])
         places, columns = np.nonzero(new | wanted)
         if len(places):
@@ -158,14 +161,9 @@ class Sweep:
         return int(np.isnan(self.table.losses[rows]).sum() + self.unjudged(rows).sum())
 
 
-def rank() -> tuple[int, int]:
-    """This process's number and that of all processes, as `torchrun` and `accelerate launch` set them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def device_of(options: SweepOptions) -> str:
     """The device to use: with "auto" and several processes on a machine, each has its own GPU."""
-    local = os.environ.get("LOCAL_RANK")
-    if options.device == "auto" and local is not None and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    processes = Processes.from_environment()
+    if options.device == "auto" and processes.local_rank is not None and torch.cuda.is_available():
+        return processes.cuda_device(torch.cuda.device_count())
     return options.device

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from deepinsert.controller.runs.folder import save_figure
+from deepinsert.controller.runs.atomic_files import save_figure
 from deepinsert.controller.statistics import Interval, mean_interval, paired_interval
 from deepinsert.envs.rewards.table import RewardTable
 

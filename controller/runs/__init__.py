@@ -1,1 +1,1 @@
-"""Run folders: what a command writes to `--out`, whole or not at all."""
+"""Run folders, atomic writes, manifests, storage errors, and the processes that share a run."""

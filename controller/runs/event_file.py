@@ -1,7 +1,7 @@
-"""TensorBoard events written where they arise, so that a full disk is an error there and then.
+"""TensorBoard event files that are written in the calling thread, so that a full disk is an error at once.
 
-torch's `SummaryWriter` writes in a thread of its own, whose errors reach the training steps later, after a
-traceback on the terminal.
+torch's `SummaryWriter` writes in another thread: its errors reach the training steps later, after a traceback
+on the terminal.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar
 
 
 class EventFile:
-    """One file of events in `folder`; TensorBoard forgets what older files say from `first_step` on."""
+    """One file of events in `folder`. TensorBoard ignores the events of older files from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -29,10 +29,12 @@ class EventFile:
         self.append(Event(file_version="brain.Event:2"), Event(session_log=start, step=first_step))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars by tag at `step`, in the file when this returns."""
-        self.append(*(Event(summary=scalar(tag, value), step=step) for tag, value in values.items()))
+        """Write scalars by tag at `step`; they are in the file when this returns."""
+        scalars = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+        self.append(*(Event(summary=Summary(value=[scalar]), step=step) for scalar in scalars))
 
     def append(self, *events: Event) -> None:
+        """Append `events` to the file, stamped with the current time."""
         records = io.BytesIO()
         for event in events:
             event.wall_time = time.time()

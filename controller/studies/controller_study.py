@@ -35,15 +35,9 @@ from deepinsert.controller.policy.recommend import summary as recommend_summary
 from deepinsert.controller.policy.sweep import run as run_sweep
 from deepinsert.controller.policy.sweep import summary as sweep_summary
 from deepinsert.controller.prompt_selection import read_data
-from deepinsert.controller.runs.folder import (
-    describe_machine,
-    machine,
-    read_result,
-    replacing,
-    start_run,
-    write_json,
-    write_result,
-)
+from deepinsert.controller.runs.atomic_files import atomic_file, write_json
+from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.machine import describe_machine, machine_facts
 from deepinsert.envs.observations import Observation
 from deepinsert.envs.prompts import Prompt
 from deepinsert.envs.rewards.table import RewardTable
@@ -113,7 +107,7 @@ def run(options: ControllerStudyOptions) -> dict[str, Any]:
     study.play("evaluate", run_evaluate, EvaluateOptions, policy=policy, insert_layers=layers, **unseen)
     study.results["weights"] = weights(options, table)
     write_page(study, options.page)
-    result = {"steps": study.results, "machine": machine()}
+    result = {"steps": study.results, "machine": machine_facts()}
     write_result(out, result)
     return result
 
@@ -165,7 +159,7 @@ def write_page(study: Study, page: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     places = {"sweep": "sweep", "policy_rewards": "train-policy-ppo", "evaluate": "evaluate"}
     for picture in PICTURES:
-        with replacing(folder / f"{picture}.png") as temporary:
+        with atomic_file(folder / f"{picture}.png") as temporary:
             found = study.folder(places.get(picture, "recommend")) / f"{picture}.png"
             shutil.copyfile(found, temporary)
     filled = blocks(study)
@@ -179,7 +173,7 @@ def write_page(study: Study, page: Path) -> None:
         return f"<!-- {name} -->\n{filled[name]}\n<!-- end -->"
 
     text = re.sub(r"<!-- (?P<name>\S+) -->\n.*?<!-- end -->", fill, page.read_text("utf-8"), flags=re.DOTALL)
-    with replacing(page) as temporary:
+    with atomic_file(page) as temporary:
         temporary.write_text(text, "utf-8")
 
 
@@ -190,7 +184,7 @@ def blocks(study: Study) -> dict[str, str | None]:
     of = f"{Path(options.data).parent.name}, {options.fraction:.0%} of the records"
     return {
         "data": f"{of}: {prompts['train']} training prompts and {prompts['held_out']} held out, with other "
-        f"images. Machine: {describe_machine(machine())}.",
+        f"images. Machine: {describe_machine(machine_facts())}.",
         "sweep": fenced(sweep_summary(results["sweep"])),
         "ablation": (study.folder("ablation") / "ablation.md").read_text("utf-8").strip(),
         "weights": f"{results['weights']['markdown'].strip()}\n\nThe largest loss of the one policy is "

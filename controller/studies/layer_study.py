@@ -27,15 +27,9 @@ from deepinsert.controller.options import (
 )
 from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.prompt_selection import read_data
-from deepinsert.controller.runs.folder import (
-    machine,
-    read_result,
-    replacing,
-    start_run,
-    to_json,
-    write_json,
-    write_result,
-)
+from deepinsert.controller.runs.atomic_files import atomic_file, to_json, write_json
+from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.machine import machine_facts
 from deepinsert.envs.data.instructions import InstructionData, split_by_image
 from deepinsert.envs.prompts import Prompt, prompts_from
 from deepinsert.envs.rewards.table import RewardTable
@@ -70,7 +64,7 @@ def run(options: LayerStudyOptions) -> dict[str, Any]:
     results |= play(study.evaluations(), options.jobs, out / "logs")
     result = to_json(study.result(results))
     plot(result, out / "layer_study.png")
-    with replacing(out / "layer_study.md") as temporary:
+    with atomic_file(out / "layer_study.md") as temporary:
         temporary.write_text(page(result), "utf-8")
     write_result(out, result)
     print(page(result))
@@ -216,7 +210,7 @@ class Study:
             "rank_correlations": self.rank_correlations(means, expected),
             "by_skip_weight": [self.at_skip_weight(means, expected, weight) for weight in weights],
             "shared": self.shared_beside(means),
-            "machine": machine(),
+            "machine": machine_facts(),
         }
 
     def figures(self, prompts: Sequence[Prompt]) -> dict[str, FloatArray]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepinsert.controller.runs.folder import describe_machine, replacing
+from deepinsert.controller.runs.atomic_files import atomic_file
+from deepinsert.controller.runs.machine import describe_machine
 
 from .figures import TEXT_KINDS
 
@@ -92,7 +93,7 @@ def write_card(result: dict[str, Any], path: Path) -> None:
         machine=describe_machine(result["machine"]),
         table=_table(result),
     )
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from deepinsert.controller.runs.folder import save_figure
+from deepinsert.controller.runs.atomic_files import save_figure
 from deepinsert.envs.data.rendered_text import text_question
 from deepinsert.envs.data.rendering import KINDS, Question, Scene, Side, draw_scene, questions, render
 

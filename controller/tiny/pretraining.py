@@ -21,7 +21,9 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from deepinsert.backbones import deep_insert, remove_deep_insert
 from deepinsert.backbones.compat.transformers import rename_as_published
-from deepinsert.controller.runs.folder import machine, start_run, versions, write_json, write_result
+from deepinsert.controller.runs.atomic_files import write_json
+from deepinsert.controller.runs.folder import start_run, write_result
+from deepinsert.controller.runs.machine import machine_facts, package_versions
 from deepinsert.envs.data.rendered_text import text_question
 from deepinsert.envs.data.rendering import KINDS, Question, draw_scene, questions, render
 
@@ -188,8 +190,8 @@ def run(options: PretrainTinyOptions) -> dict[str, Any]:
         "alignment_accuracy": alignment["accuracy"],
         "seconds": {"alignment": alignment["seconds"], "language": seconds},
         "options": {name: value for name, value in asdict(options).items() if name != "out"},
-        "machine": machine(),
-        "versions": versions(),
+        "machine": machine_facts(),
+        "versions": package_versions(),
         "history": history,
     }
     write_json(folder / "figures.json", result)

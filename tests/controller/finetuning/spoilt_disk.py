@@ -20,7 +20,7 @@ from deepinsert.controller.finetuning import variant_trainer as trainer
 from deepinsert.controller.finetuning.checkpoints import checkpoint_folders
 from deepinsert.controller.options import FinetuneOptions
 from deepinsert.controller.runs import folder as runs
-from deepinsert.controller.runs.manifest import check_whole, sha256
+from deepinsert.controller.runs.manifest import check_complete, sha256
 
 SIZE = 160  # MB
 
@@ -96,7 +96,7 @@ def main(disk: Path, options: FinetuneOptions, cases: list[tuple[str, str, int]]
             "case": [trouble, moment, left],
             "error": error and [type(error).__name__, str(error)],
             "complete": complete,
-            "whole": [check_whole(training / name)["step"] for name in complete],
+            "whole": [check_complete(training / name)["step"] for name in complete],
             "result": (run.out / "result.json").exists(),
         }
         if trouble != "read-only":

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from deepinsert.controller.finetuning.checkpoints import (
+    atomic_folder,
     checkpoint_folders,
     keep_newest,
     newest_complete,
-    replacing_folder,
 )
-from deepinsert.controller.runs.manifest import MANIFEST, CheckpointError, check_whole, write_manifest
+from deepinsert.controller.runs.manifest import MANIFEST, CheckpointError, check_complete, write_manifest
 
 IDENTITY = {"backbone": "abc", "data": "def"}
 
@@ -52,7 +52,7 @@ def test_a_spoilt_checkpoint_is_named_and_the_one_before_taken(
     spoilt = write_checkpoint(tmp_path, 6)
     (spoilt / "model.safetensors").write_bytes(b"cut")
     assert newest_complete(tmp_path, IDENTITY) == tmp_path / "checkpoint-3"
-    told = f"{spoilt} is spoilt: model.safetensors is not what was written; continuing from"
+    told = f"{spoilt} is damaged: model.safetensors is not what was written; continuing from"
     assert told in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_every_kind_of_damage_is_seen(tmp_path: Path) -> None:
         if damage == "remove":
             (path / victim).unlink()
         with pytest.raises(CheckpointError, match=r"spoilt|not complete"):
-            check_whole(path)
+            check_complete(path)
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
@@ -99,13 +99,13 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_a_replaced_folder_is_whole_or_what_it_was(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
-    with replacing_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "old").write_text("old")
-    with pytest.raises(RuntimeError), replacing_folder(target) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(target) as folder:
         (folder / "new").write_text("new")
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["old"]
-    with replacing_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

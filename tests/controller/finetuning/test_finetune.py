@@ -22,7 +22,7 @@ from deepinsert.backbones.parts import encoders, lora_targets, projectors
 from deepinsert.controller.finetuning import finetune
 from deepinsert.controller.finetuning.checkpoints import checkpoint_folders
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.runs.manifest import CheckpointError, check_whole
+from deepinsert.controller.runs.manifest import CheckpointError, check_complete
 from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import encode, prompts_from
 
@@ -228,6 +228,6 @@ def test_a_spoilt_checkpoint_is_passed_over(
     content[-1] ^= 1
     (newest / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
-        check_whole(newest)
+        check_complete(newest)
     finetune.run(run)
     assert_same_weights(run.out, finished["full"].out)

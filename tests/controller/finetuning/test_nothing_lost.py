@@ -21,7 +21,7 @@ import torch
 from deepinsert.controller.finetuning import finetune
 from deepinsert.controller.finetuning.checkpoints import checkpoint_folders
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.runs.manifest import CARD, MANIFEST, CheckpointError, check_whole
+from deepinsert.controller.runs.manifest import CARD, MANIFEST, CheckpointError, check_complete
 
 ROOT = Path(__file__).parents[3]
 METHODS = ("lora", "full")
@@ -73,7 +73,7 @@ def outcome(out: Path) -> dict[str, Any]:
         losses = [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
     folders = [out / name for name in ("checkpoint", "adapter") if (out / name).is_dir()]
     return {
-        "files": {folder.name: check_whole(folder)["files"] for folder in folders},
+        "files": {folder.name: check_complete(folder)["files"] for folder in folders},
         "losses": losses,
         "result": {name: result[name] for name in ("train_loss", "train_loss_curve", "steps")},
         "hidden": [path.name for path in out.iterdir() if path.name.startswith(".")],
@@ -199,12 +199,12 @@ def spoil_some_files(folders: list[Path], trials: int, chance: random.Random) ->
         damage(bad, chance)
         assert bad != good
         path.write_bytes(bad)
-        with pytest.raises(CheckpointError, match=r"is spoilt: .* is not what was written|is not complete"):
-            check_whole(folder)
+        with pytest.raises(CheckpointError, match=r"is damaged: .* is not what was written|is not complete"):
+            check_complete(folder)
         path.write_bytes(good)
         counts[f"{damage.__name__} {path.name}"] += 1
     for folder in folders:
-        check_whole(folder)
+        check_complete(folder)
     return counts
 
 
@@ -227,12 +227,12 @@ def test_any_changed_byte_of_a_manifest_is_noticed(real_folders: list[Path]) -> 
     for place in [*chance.sample(range(len(good)), 100), *chance.sample(spaces, 20), *facts]:
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(CheckpointError, match=f"{MANIFEST} is not what was written"):
-            check_whole(real_folders[0])
+            check_complete(real_folders[0])
     path.write_bytes(good + b"\n")
     with pytest.raises(CheckpointError, match=f"{MANIFEST} is not what was written"):
-        check_whole(real_folders[0])
+        check_complete(real_folders[0])
     path.write_bytes(good)
-    assert check_whole(real_folders[0])["step"] == 3
+    assert check_complete(real_folders[0])["step"] == 3
 
 
 def test_files_that_were_not_written_with_it_are_refused(real_folders: list[Path]) -> None:
@@ -240,11 +240,11 @@ def test_files_that_were_not_written_with_it_are_refused(real_folders: list[Path
     stranger = folder / "adapter_model.bin"
     stranger.write_bytes(b"a pickle that loaders would take")
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin was not written with it"):
-        check_whole(folder)
+        check_complete(folder)
     stranger.unlink()
     (folder / ".DS_Store").write_bytes(b"a file browser's")
     (folder / CARD).write_text("a card that evaluation has added to")
-    check_whole(folder)
+    check_complete(folder)
 
 
 def test_a_run_killed_after_its_last_step_plays_none_again(

@@ -30,7 +30,7 @@ from deepinsert.controller.finetuning.model_card import (
 from deepinsert.controller.finetuning.trainable_backbone import load
 from deepinsert.controller.options import EvaluateOptions, FinetuneOptions
 from deepinsert.controller.prompt_selection import read_data
-from deepinsert.controller.runs.manifest import CheckpointError, check_whole
+from deepinsert.controller.runs.manifest import CheckpointError, check_complete
 from deepinsert.envs.prompts import prompts_from
 
 
@@ -89,7 +89,7 @@ def test_evaluation_refuses_a_spoilt_checkpoint(copy: Path, finished: FinetuneOp
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"checkpoint is spoilt: model\.safetensors is not what was"):
+    with pytest.raises(CheckpointError, match=r"checkpoint is damaged: model\.safetensors is not what was"):
         finetuned_variants(options, 1)
 
 
@@ -151,7 +151,7 @@ def test_results_replace_results_and_nothing_else(copy: Path) -> None:
     found = {result.metric_type: result.metric_value for result in ModelCard.load(card).data.eval_results}
     assert found == {"accuracy": 0.915, "loss": 0.25}
     assert {result.dataset_name for result in ModelCard.load(card).data.eval_results} == {"easy VQA"}
-    check_whole(copy / "checkpoint")
+    check_complete(copy / "checkpoint")
     card.write_text("a card of the author's own")
     assert update_results(copy / "checkpoint", table, {"accuracy": 1.0}) == []
     assert card.read_text() == "a card of the author's own"

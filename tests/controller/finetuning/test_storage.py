@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.runs.storage import StorageError, naming_storage
+from deepinsert.controller.runs.storage_errors import StorageError, explain_storage_errors
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = Path(__file__).with_name("spoilt_disk.py")
@@ -103,13 +103,13 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
         "from safetensors.torch import save_file\n"
-        "from deepinsert.controller.runs.storage import StorageError, naming_storage\n"
+        "from deepinsert.controller.runs.storage_errors import StorageError, explain_storage_errors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "folder, weights = Path(sys.argv[1]), torch.zeros(100_000)\n"
         "for save in (torch.save, lambda value, path: save_file({'a': value}, path),\n"
         "             lambda value, path: path.write_bytes(value.numpy().tobytes())):\n"
         "    try:\n"
-        "        with naming_storage(folder, lambda: 'Raise it.'):\n"
+        "        with explain_storage_errors(folder, lambda: 'Raise it.'):\n"
         "            save(weights, folder / 'weights')\n"
         "    except StorageError as error:\n"
         "        print(error)\n"
@@ -130,6 +130,6 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_other_errors_pass_as_they_are(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, naming_storage(tmp_path, lambda: ""):
+    with pytest.raises(type(error)) as raised, explain_storage_errors(tmp_path, lambda: ""):
         raise error
     assert raised.value is error and not isinstance(raised.value, StorageError)
