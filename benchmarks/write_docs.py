@@ -1,4 +1,4 @@
-"""Write `docs/performance.md` and its pictures from finished runs of `bench` and `benchmarks/gpu.py`:
+"""Write `docs/performance.md` and its pictures from finished runs of `bench` and `benchmarks/gpu.py`.
 
 python benchmarks/write_docs.py runs/bench-full runs/bench-gpu
 """
@@ -15,6 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
+    """Write the page; a user's mistake ends with status 2 and a message of one line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

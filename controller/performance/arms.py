@@ -1,8 +1,9 @@
-"""Arms in turns: what several ways of doing the same thing cost, measured side by side in one run.
+"""Arms in turns: times of several ways of doing the same thing, measured side by side in one run.
 
-Every round runs every arm once, the order turned around each time, so that whatever else slows the machine
-falls on all of them; ratios are taken within a round, against the first arm, which is the stock model. Beside
-the wall clock stands the CPU time of the process, which a shared machine's other users disturb far less.
+Every round runs every arm once, in reversed order each second round, so that whatever else slows the machine
+affects all arms alike. Ratios are taken within a round, against the first arm, which is the stock model. The
+CPU time of the process is measured beside the wall clock, because other users of a machine disturb it far
+less.
 """
 
 from __future__ import annotations
@@ -15,49 +16,52 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deepinsert.envs.rewards.time_bonus import synchronise
 
 LEAST_SAVING = 0.02
-"""Where the FLOPs allow less saving than this there is nothing to keep, and its share would be noise."""
+"""Smallest possible saving, as a share of the FLOPs, whose reached part is computed: below it is noise."""
 
 
-class Spent(NamedTuple):
-    """Milliseconds of the wall clock and of CPU time over all threads of this process."""
+class Duration(NamedTuple):
+    """Milliseconds of the wall clock, and of CPU time over all threads of this process."""
 
     wall: float
     cpu: float
 
-    def over(self, times: int) -> Spent:
-        """The mean of `times` equal parts."""
-        return Spent(self.wall / times, self.cpu / times)
+    def mean_of(self, parts: int) -> Duration:
+        """Return the mean duration of `parts` equal parts."""
+        return Duration(self.wall / parts, self.cpu / parts)
 
 
 class Clock:
-    """Reads both clocks when the device has done all it was asked for."""
+    """Reads the wall clock and the CPU time after all work queued on the device has finished."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def now(self) -> Spent:
+    def now(self) -> Duration:
+        """Return the time since an arbitrary start."""
         synchronise(self.device)
-        return Spent(1000 * time.perf_counter(), 1000 * time.process_time())
+        return Duration(1000 * time.perf_counter(), 1000 * time.process_time())
 
-    def since(self, start: Spent) -> Spent:
+    def since(self, start: Duration) -> Duration:
+        """Return the time since `start`, an earlier `now()`."""
         now = self.now()
-        return Spent(now.wall - start.wall, now.cpu - start.cpu)
+        return Duration(now.wall - start.wall, now.cpu - start.cpu)
 
 
-Arm = Callable[[], Mapping[str, Spent]]
-"""One run of one arm: what each measured part of it took, by name, such as `{"step": Spent(...)}`."""
+Arm = Callable[[], Mapping[str, Duration]]
+"""Runs one arm once and returns the duration of each measured part, such as `{"step": Duration(...)}`."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """Times of one measured part in ms, `(rounds, arms)` each; arm 0 is the stock model."""
 
-    wall: np.ndarray
-    cpu: np.ndarray
+    wall: NDArray[np.float64]
+    cpu: NDArray[np.float64]
 
 
 def take_turns(
@@ -66,13 +70,18 @@ def take_turns(
     warm_up: Sequence[int] | None = None,
     advance: Callable[[int], None] = lambda arm: None,
 ) -> dict[str, Samples]:
-    """Run all arms `repeats` times in turns; the samples of each part that the arms name.
+    """Run all arms in turns and return the samples of each part that the arms measure.
 
-    `warm_up` are the arms run once before anything counts, by default all. `advance` is told after each run
-    that counts which arm it was. Python's garbage is collected between the runs and not during them.
+    Python's garbage is collected between the runs and not during them.
+
+    Args:
+        arms: the arms; the first is the stock model.
+        repeats: the number of rounds.
+        warm_up: indices of the arms that run once before anything counts, by default all.
+        advance: is called after each run that counts, with the index of its arm.
     """
-    found: list[list[Mapping[str, Spent]]] = []
-    collected = gc.isenabled()
+    rounds: list[list[Mapping[str, Duration]]] = []
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         for arm in range(len(arms)) if warm_up is None else warm_up:
@@ -80,29 +89,29 @@ def take_turns(
             gc.collect()
         for number in range(repeats):
             order = range(len(arms)) if number % 2 == 0 else reversed(range(len(arms)))
-            runs: dict[int, Mapping[str, Spent]] = {}
+            runs: dict[int, Mapping[str, Duration]] = {}
             for arm in order:
                 runs[arm] = arms[arm]()
                 gc.collect()
                 advance(arm)
-            found.append([runs[arm] for arm in range(len(arms))])
+            rounds.append([runs[arm] for arm in range(len(arms))])
     finally:
-        if collected:
+        if was_enabled:
             gc.enable()
     return {
         part: Samples(
-            wall=np.array([[run[part].wall for run in runs] for runs in found]),
-            cpu=np.array([[run[part].cpu for run in runs] for runs in found]),
+            wall=np.array([[duration[part].wall for duration in durations] for durations in rounds]),
+            cpu=np.array([[duration[part].cpu for duration in durations] for durations in rounds]),
         )
-        for part in found[0][0]
+        for part in rounds[0][0]
     }
 
 
 def compare(samples: Samples, ideal: Sequence[float]) -> list[dict[str, Any]]:
-    """Each arm against the first: medians and quartiles of the ratios of the same round.
+    """Compare each arm with the first: medians and quartiles of the ratios within a round.
 
-    `ideal` is the ratio of each arm that the FLOPs allow. An arm's `saving_kept` is
-    (1 - time ratio) / (1 - ideal ratio), None where there is next to nothing to save; `over_ideal` is
+    `ideal` is the time ratio of each arm that the FLOPs allow. An arm's `saving_kept` is
+    (1 - time ratio) / (1 - ideal ratio), or None if less than 2 % could be saved; `over_ideal` is
     time ratio / ideal ratio - 1.
     """
     wall, cpu = samples.wall / samples.wall[:, :1], samples.cpu / samples.cpu[:, :1]
@@ -129,6 +138,6 @@ def compare(samples: Samples, ideal: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def saving_kept(time_ratio: float, ideal_ratio: float) -> float | None:
-    """The share of the possible saving that was reached; None where less than 2 % could be saved."""
+    """Return the share of the possible saving that was reached; None if less than 2 % could be saved."""
     allowed = 1 - ideal_ratio
     return (1 - time_ratio) / allowed if allowed >= LEAST_SAVING else None

@@ -1,4 +1,4 @@
-"""What the project sets out to reach, and how a measured row stands to it."""
+"""The project's goals for measured times, and whether a measured row meets its goal."""
 
 from __future__ import annotations
 
@@ -7,33 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 OVERHEAD = 1.01
+"""Largest time ratio at insert layer 0."""
 PREFILL_KEPT = 0.95
+"""Smallest share of the possible saving that a prefill keeps."""
 TRAINING_KEPT = 0.90
+"""Smallest share of the possible saving that forward and backward of a training step keep."""
 ROWS_OVER_IDEAL = 1.05
+"""Largest time of rows with different layers, as a multiple of what the FLOPs allow."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal in words, and whether it was `met`, `missed`, or lies `within noise`: inside the quartiles."""
+    """A goal in words, and whether it is `met`, `missed`, or lies `within noise`: inside the quartiles."""
 
     goal: str
     state: str
 
 
 def verdict(case: str, part: str, row: Mapping[str, Any]) -> Verdict | None:
-    """How one row of a cell stands to its goal; None where there is none."""
-    found = most_time(case, part, row)
-    if found is None:
+    """Compare one row of a cell with its goal; None if it has no goal."""
+    goal = time_goal(case, part, row)
+    if goal is None:
         return None
-    most, words = found
+    largest_ratio, words = goal
     low, high = row["time_ratio_quartiles"]
-    if row["time_ratio"] <= most:
+    if row["time_ratio"] <= largest_ratio:
         return Verdict(words, "met")
-    return Verdict(words, "within noise" if low <= most <= high else "missed")
+    return Verdict(words, "within noise" if low <= largest_ratio <= high else "missed")
 
 
-def most_time(case: str, part: str, row: Mapping[str, Any]) -> tuple[float, str] | None:
-    """The largest time ratio that meets the row's goal, and the goal in words."""
+def time_goal(case: str, part: str, row: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Return the largest time ratio that meets the row's goal, and the goal in words; None without a goal."""
     layer, ideal = row["insert_layer"], row["ideal_ratio"]
     if layer is None or part == "step" or case in ("ragged", "mixed"):
         return None
@@ -43,7 +47,7 @@ def most_time(case: str, part: str, row: Mapping[str, Any]) -> tuple[float, str]
         return OVERHEAD, "overhead at most 1 %"
     if part == "decode":
         return 1.0, "no slower than stock"
-    kept = TRAINING_KEPT if part == "forward_backward" else PREFILL_KEPT
+    least_share = TRAINING_KEPT if part == "forward_backward" else PREFILL_KEPT
     if row["saving_kept"] is None:
         return None
-    return 1 - kept * (1 - ideal), f"keeps at least {kept:.0%}"
+    return 1 - least_share * (1 - ideal), f"keeps at least {least_share:.0%}"

@@ -1,4 +1,4 @@
-"""Which cells are measured: case, model, batch and depths; a quick grid, and a full one for the docs."""
+"""The cells that are measured: case, model, batch and depths; a quick grid, and a full one for the docs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from .ideal_ratios import Setting
 
 Depth = float | tuple[float, ...]
-"""A share of the decoder layers, or one for each row."""
+"""L / N of the whole batch, or one per row."""
 
 QUARTERS: tuple[Depth, ...] = (0.0, 0.25, 0.5, 0.75)
 HALVES: tuple[Depth, ...] = (0.0, 0.5, 0.75)
@@ -18,7 +18,7 @@ PER_ROW: tuple[Depth, ...] = ((0.0, 0.25, 0.5, 0.75), (0.25, 0.25, 0.75, 0.75), 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: `rows` x (`text` + `multimodal`) tokens at each of `depths`, beside stock."""
+    """One measurement: `rows` x (`text` + `multimodal`) tokens at each of `depths`, and at stock."""
 
     case: str
     model: str
@@ -28,29 +28,31 @@ class Cell:
     depths: tuple[Depth, ...]
     repeats: int
     attention: str = ""
-    """Kernel of attention; empty for the model's own."""
+    """Attention kernel; empty for the model's own."""
 
     @property
     def key(self) -> str:
-        """The cell's name, and its file's."""
+        """The name of the cell and of its file."""
         size = f"{self.rows}x{self.text}+{self.multimodal}"
         kernel = f"_{self.attention}" if self.attention else ""
         return f"{self.case}_{self.model.replace('/', '--')}_{size}_{len(self.depths)}{kernel}"
 
     def settings(self, num_layers: int) -> tuple[Setting, ...]:
-        """The insert layers of a model with `num_layers` decoder layers; layers for each row are repeated
-        until every row has one."""
-        found: list[Setting] = []
+        """Return the insert layers of a model with `num_layers` decoder layers.
+
+        Depths per row are repeated until every row has one.
+        """
+        settings: list[Setting] = []
         for depth in self.depths:
             if isinstance(depth, tuple):
                 repeated = (depth * self.rows)[: self.rows]
-                found.append(tuple(round(part * num_layers) for part in repeated))
+                settings.append(tuple(round(part * num_layers) for part in repeated))
             else:
-                found.append(round(depth * num_layers))
-        return tuple(dict.fromkeys(found))
+                settings.append(round(depth * num_layers))
+        return tuple(dict.fromkeys(settings))
 
     def texts(self) -> list[int]:
-        """Text tokens of each row: all alike, or from a quarter to all of them in a ragged batch."""
+        """Return the text tokens per row: equal, or from a quarter to all of them in a ragged batch."""
         if self.case == "ragged":
             return [
                 round(self.text * (0.25 + 0.75 * row / max(self.rows - 1, 1))) for row in range(self.rows)
@@ -58,13 +60,13 @@ class Cell:
         return [self.text] * self.rows
 
     def images(self, tokens: int) -> list[int]:
-        """Images of each row where one becomes `tokens` tokens; in a mixed batch every other row has none."""
+        """Return the images per row, of `tokens` tokens each; a mixed batch has them in every other row."""
         number = max(self.multimodal // tokens, 1)
         return [0 if self.case == "mixed" and row % 2 else number for row in range(self.rows)]
 
 
 def quick_grid() -> list[Cell]:
-    """About five minutes on two CPU cores."""
+    """Return the cells of the quick grid: about five minutes on two CPU cores."""
     return [
         Cell("prefill", "bench", 1, 64, 576, EIGHTHS, 5),
         Cell("prefill", "bench", 1, 128, 576, QUARTERS, 5),
@@ -80,7 +82,10 @@ def quick_grid() -> list[Cell]:
 
 
 def full_grid() -> list[Cell]:
-    """Under an hour on two CPU cores; batches that would take hours are measured on smaller models."""
+    """Return the cells of the full grid: under an hour on two CPU cores.
+
+    Batches that would take hours are measured on smaller models.
+    """
     cells = [Cell("prefill", "bench", 1, 64, 576, EIGHTHS, 15)]
     sizes = [
         ("bench", 1, 576, 9),
@@ -104,16 +109,28 @@ def full_grid() -> list[Cell]:
     return cells
 
 
-def narrowed(
+def narrow_grid(
     cells: Sequence[Cell], cases: Sequence[str], model: str | None, rows: int | None, repeats: int | None
 ) -> list[Cell]:
-    """The cells of `cases` (all where empty) with another model, rows or repeats where given, each once."""
-    changes = {
-        name: value
-        for name, value in (("model", model), ("rows", rows), ("repeats", repeats))
-        if value is not None
-    }
+    """Select the cells of some cases and replace model, rows or repeats; equal cells appear once.
+
+    Args:
+        cells: a grid.
+        cases: the cases to select; all if empty.
+        model: another model for all cells; None keeps each cell's own, here and below.
+        rows: another number of rows.
+        repeats: another number of rounds.
+    """
     if model == "bench-tiny":
         cells = [replace(cell, text=cell.text // 4, multimodal=cell.multimodal // 9) for cell in cells]
-    kept = [replace(cell, **changes) for cell in cells if not cases or cell.case in cases]  # type: ignore[arg-type]
-    return list({cell.key: cell for cell in reversed(kept)}.values())[::-1]
+    selected = [
+        replace(
+            cell,
+            model=cell.model if model is None else model,
+            rows=cell.rows if rows is None else rows,
+            repeats=cell.repeats if repeats is None else repeats,
+        )
+        for cell in cells
+        if not cases or cell.case in cases
+    ]
+    return list({cell.key: cell for cell in reversed(selected)}.values())[::-1]

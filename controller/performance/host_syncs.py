@@ -1,7 +1,7 @@
-"""Where a prefill makes the host wait for the device: which operations, called from which line.
+"""Lists the operations of a prefill that make the host wait for the device, and the lines that call them.
 
-A wait costs nothing on a CPU and stalls a GPU's queue. The operations are seen where they are dispatched, so
-that a CPU shows what a GPU would wait for; on a GPU the profiler counts the waits themselves too.
+A wait costs nothing on a CPU and stalls a GPU's queue. The operations are observed when they are dispatched,
+so a run on a CPU shows where a GPU would wait; on a GPU the profiler counts the waits themselves too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .measured_cases import forward_arguments
 from .sample_batches import Batch
 
 WAITING = ("aten::nonzero", "aten::equal", "aten::masked_select")
-"""Operations whose result, or the size of whose result, the host must know."""
+"""Operations of which the host must know the result, or the size of the result."""
 
 EVENTS = (
     "aten::item",
@@ -34,13 +34,18 @@ EVENTS = (
     "Memcpy DtoH",
     "Memcpy HtoD",
 )
-"""What the profiler counts, by the beginning of the event's name."""
+"""Events of the profiler that are counted, by the beginning of their names."""
+
+Calls = Counter[tuple[str, str]]
+"""Number of calls by operation and calling line."""
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self, found: Counter[tuple[str, str]]) -> None:
-        super().__init__()
-        self.found = found
+class _WaitingOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Counts operations that make the host wait."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        self.calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -49,22 +54,22 @@ class _Operations(TorchDispatchMode):
             index is not None and index.dtype == torch.bool for index in args[1]
         )
         if name in WAITING or to_host or by_mask:
-            self.found[(name, _caller())] += 1
+            self.calls[(name, _caller())] += 1
         return func(*args, **(kwargs or {}))
 
 
-class _Values(TorchFunctionMode):
-    """Tensors read as Python values, which on a CPU need no operation of their own."""
+class _ReadValues(TorchFunctionMode):
+    """Counts tensors that are read as Python values, which on a CPU needs no operation of its own."""
 
     reading = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__)
 
-    def __init__(self, found: Counter[tuple[str, str]]) -> None:
+    def __init__(self, calls: Calls) -> None:
         super().__init__()
-        self.found = found
+        self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.reading:
-            self.found[(func.__name__, _caller())] += 1
+            self.calls[(func.__name__, _caller())] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -74,7 +79,7 @@ def _device(kwargs: Mapping[str, Any] | None) -> str | None:
 
 
 def _caller() -> str:
-    """The innermost line outside torch and this file, such as `mechanism/rows.py:66`."""
+    """Return the innermost calling line outside torch and this file, such as `mechanism/rows.py:66`."""
     package = str(Path(torch.__file__).parent)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(package) and frame.filename != __file__:
@@ -83,20 +88,32 @@ def _caller() -> str:
 
 
 def find_syncs(model: Any, batch: Batch, insert_layer: int | None) -> dict[str, Any]:
-    """The waits of one warm prefill: `operations`, a list of operation, line and times; `events`, counts of
-    the profiler. None is the stock model, which this leaves behind."""
-    remove_deep_insert(model) if insert_layer is None else deep_insert(model, insert_layer)
+    """List the waits of one prefill after a warm-up; the model is stock afterwards.
+
+    Args:
+        model: a model that can have an insert layer.
+        batch: the batch to prefill.
+        insert_layer: the insert layer; None is the stock model.
+
+    Returns:
+        `insert_layer`; `operations`, a list of operation, line and number of times; `events`, counts of the
+        profiler's events by name.
+    """
+    if insert_layer is None:
+        remove_deep_insert(model)
+    else:
+        deep_insert(model, insert_layer)
     arguments = {**batch.inputs, **forward_arguments(model)}
     activities = [ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    found: Counter[tuple[str, str]] = Counter()
+    calls: Calls = Counter()
     try:
         with torch.inference_mode():
             model(**arguments)
             with profile(activities=activities) as profiler:
                 model(**arguments)
-            with _Operations(found), _Values(found):
+            with _WaitingOperations(calls), _ReadValues(calls):
                 model(**arguments)
     finally:
         remove_deep_insert(model)
@@ -106,6 +123,6 @@ def find_syncs(model: Any, batch: Batch, insert_layer: int | None) -> dict[str, 
             if event.key.startswith(name):
                 events[name] += event.count
     operations = [
-        {"operation": name, "line": line, "times": times} for (name, line), times in found.most_common()
+        {"operation": name, "line": line, "times": times} for (name, line), times in calls.most_common()
     ]
     return {"insert_layer": insert_layer, "operations": operations, "events": dict(events)}

@@ -1,6 +1,6 @@
-"""How each case is measured: prefill and decoding as users call them, training steps, rows of several layers.
+"""Measures each case: prefill and decoding as users call them, training steps, rows with several layers.
 
-A case says what one run of an arm does and what the FLOPs allow it; `arms.py` takes the turns.
+A case defines one run of an arm and the time ratio that the FLOPs allow; `arms.py` runs the arms in turns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,17 +21,20 @@ from deepinsert.controller.finetuning.recipe import make_trainable, parameter_gr
 from deepinsert.controller.options import FinetuneOptions
 
 from . import ideal_ratios as ideal
-from .arms import Clock, Spent, compare, take_turns
+from .arms import Clock, Duration, compare, take_turns
 from .ideal_ratios import Setting
 from .sample_batches import Batch
 
-NEW_TOKENS = 17  # sixteen decoding steps after the prefill
+NEW_TOKENS = 17
+"""Tokens to generate: the first one and sixteen decoding steps."""
 LORA_RANK = 16
-METHODS = {"train-full": "full", "train-lora": "lora"}
+METHODS: dict[str, Literal["full", "lora"]] = {"train-full": "full", "train-lora": "lora"}
 
 Advance = Callable[[int], None]
-Facts = dict[int, dict[str, Any]]
-"""What arms leave behind besides times: bytes of the cache, peak memory."""
+MemoryFigures = dict[str, Any]
+"""Bytes that an arm's last run measured beside its time: `kv_cache_bytes`, `peak_memory_bytes`."""
+Run = Callable[[MemoryFigures], Mapping[str, Duration]]
+"""One run of a case on the model as it is; it writes its memory figures and returns its durations."""
 
 
 def measure(
@@ -43,83 +46,94 @@ def measure(
     repeats: int,
     advance: Advance = lambda arm: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure `case` on the batch: for each part (such as `prefill`) a row for the stock model and each
-    setting.
+    """Measure `case` on the batch, and return a row for the stock model and each setting, per part.
 
-    `model` must be unwrapped and is left stock; weights are as before. Rows hold what `arms.compare` gives,
-    the `insert_layer`, and where they are known `kv_cache_bytes`, by formula too, and `peak_memory_bytes`.
+    A row holds the results of `arms.compare`, the `insert_layer`, and where they are measured
+    `kv_cache_bytes` and `peak_memory_bytes`.
+
+    Args:
+        case: one of the cases of `deepinsert bench`.
+        model: the stock model, not wrapped; it is stock again afterwards, with the same weights.
+        costs: the model's costs.
+        batch: the batch to measure with.
+        settings: insert layers to measure beside the stock model.
+        repeats: the number of rounds.
+        advance: is called after each run, with the index of its arm; 0 is the stock model.
     """
-    everyone: list[Setting] = [None, *settings]
-    facts: Facts = {arm: {} for arm in range(len(everyone))}
+    all_settings: list[Setting] = [None, *settings]
+    memory: list[MemoryFigures] = [{} for _ in all_settings]
     with ExitStack() as cleanup:
         cleanup.callback(remove_deep_insert, model)
         if case in METHODS:
-            trained, optimizer, projector = cleanup.enter_context(_training(model, METHODS[case]))
-            run: Any = partial(_train, trained, optimizer, batch)
+            trained, optimizer, projector = cleanup.enter_context(_prepared_training(model, METHODS[case]))
+            run: Run = partial(_train, trained, optimizer, batch)
             flops: Any = partial(ideal.training_flops, trained, projector, costs, batch)
         else:
             run = partial(_decode if case == "decode" else _prefill, model, batch)
             flops = partial(ideal.decode_flops if case == "decode" else ideal.prefill_flops, costs, batch)
-        arms = [partial(_arm, model, setting, run, facts[arm]) for arm, setting in enumerate(everyone)]
-        # On a CPU a run is long and little needs warming; a GPU's libraries choose kernels for each shape.
+        arms = [
+            partial(_run_at, model, setting, run, figures)
+            for setting, figures in zip(all_settings, memory, strict=True)
+        ]
+        # On a CPU a run is long and needs little warm-up; a GPU's libraries choose kernels per shape.
         warm_up = None if model.device.type == "cuda" else sorted({0, len(arms) - 1})
         samples = take_turns(arms, repeats, warm_up, advance)
-        allowed = [flops(setting) / flops(None) for setting in everyone]
+        ideal_ratios = [flops(setting) / flops(None) for setting in all_settings]
     return {
         part: [
-            {"insert_layer": setting, **row, **facts[arm]}
-            for arm, (setting, row) in enumerate(zip(everyone, compare(times, allowed), strict=True))
+            {"insert_layer": setting, **row, **figures}
+            for setting, row, figures in zip(all_settings, compare(times, ideal_ratios), memory, strict=True)
         ]
         for part, times in samples.items()
     }
 
 
-def _arm(model: Any, setting: Setting, run: Any, facts: dict[str, Any]) -> Mapping[str, Spent]:
-    """One run with the setting in force; putting it in force is not timed."""
+def _run_at(model: Any, setting: Setting, run: Run, figures: MemoryFigures) -> Mapping[str, Duration]:
+    """Run once at a setting; setting the insert layer is not timed."""
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     if setting is None:
         remove_deep_insert(model)
-        spent = run(facts)
+        durations = run(figures)
     elif isinstance(setting, int):
         deep_insert(model, setting)
-        spent = run(facts)
+        durations = run(figures)
     else:
         with insert_at(deep_insert(model, 0), setting):
-            spent = run(facts)
+            durations = run(figures)
     if on_gpu:
-        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
-    return spent
+        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    return durations
 
 
-def _prefill(model: Any, batch: Batch, facts: dict[str, Any]) -> dict[str, Spent]:
-    """The forward as users call it; the bytes of the cache that it leaves."""
+def _prefill(model: Any, batch: Batch, figures: MemoryFigures) -> dict[str, Duration]:
+    """Time the forward as users call it, and count the bytes of its cache."""
     clock = Clock(model.device)
     with torch.inference_mode():
         start = clock.now()
         output = model(**batch.inputs, **forward_arguments(model))
-        spent = clock.since(start)
-    facts["kv_cache_bytes"] = timing.cache_bytes(output.past_key_values)
-    return {"prefill": spent}
+        duration = clock.since(start)
+    figures["kv_cache_bytes"] = timing.cache_bytes(output.past_key_values)
+    return {"prefill": duration}
 
 
 def forward_arguments(model: Any) -> dict[str, Any]:
-    """What a prefill is called with besides its inputs: a cache, and logits of the last position alone."""
-    keep = "logits_to_keep" in inspect.signature(type(base_model_of(model)).forward).parameters
-    return {"use_cache": True, **({"logits_to_keep": 1} if keep else {})}
+    """Return the arguments of a prefill besides its inputs: a cache, and only the last position's logits."""
+    has_argument = "logits_to_keep" in inspect.signature(type(base_model_of(model)).forward).parameters
+    return {"use_cache": True, **({"logits_to_keep": 1} if has_argument else {})}
 
 
-def _decode(model: Any, batch: Batch, facts: dict[str, Any]) -> dict[str, Spent]:
-    """Greedy `generate`: the mean time of a new token after the first, all that `generate` does included."""
+def _decode(model: Any, batch: Batch, figures: MemoryFigures) -> dict[str, Duration]:
+    """Time greedy `generate`: the mean per new token after the first, with all that `generate` does."""
     clock = Clock(model.device)
-    prefilled: list[Spent] = []
+    prefill_ends: list[Duration] = []
 
-    def forwarded(module: Any, args: Any, output: Any) -> None:
-        if not prefilled:
-            prefilled.append(clock.now())
+    def note_prefill_end(module: Any, args: Any, output: Any) -> None:
+        if not prefill_ends:
+            prefill_ends.append(clock.now())
 
-    handle = model.register_forward_hook(forwarded)
+    handle = model.register_forward_hook(note_prefill_end)
     try:
         with torch.inference_mode():
             model.generate(
@@ -128,26 +142,26 @@ def _decode(model: Any, batch: Batch, facts: dict[str, Any]) -> dict[str, Spent]
                 num_beams=1,
                 min_new_tokens=NEW_TOKENS,
                 max_new_tokens=NEW_TOKENS,
-                # Random weights might write a placeholder, which has no image to stand for.
+                # A model with random weights might generate a placeholder, for which there is no image.
                 suppress_tokens=sorted(placeholder_token_ids(model.config)),
             )
-        spent = clock.since(prefilled[0])
+        duration = clock.since(prefill_ends[0])
     finally:
         handle.remove()
-    return {"decode": spent.over(NEW_TOKENS - 1)}
+    return {"decode": duration.mean_of(NEW_TOKENS - 1)}
 
 
 @contextmanager
-def _training(model: Any, method: str) -> Iterator[tuple[Any, torch.optim.Optimizer, int]]:
-    """The model as the finetuning recipe trains it, its optimiser at learning rate 0, FLOPs of the projector.
+def _prepared_training(
+    model: Any, method: Literal["full", "lora"]
+) -> Iterator[tuple[Any, torch.optim.Optimizer, int]]:
+    """Yield the model as the recipe trains it, its optimiser, and the projectors' FLOPs per token.
 
-    The rate leaves the weights as they are and takes the same time as any other.
+    The learning rate is 0: it leaves the weights as they are and takes the same time as any other.
     """
-    learned = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    requires_grad = {name: weight.requires_grad for name, weight in model.named_parameters()}
     projector = ideal.projector_flops(model)
-    options = FinetuneOptions(
-        out=Path(), data=Path(), method="lora" if method == "lora" else "full", lora_rank=LORA_RANK
-    )
+    options = FinetuneOptions(out=Path(), data=Path(), method=method, lora_rank=LORA_RANK)
     trained = make_trainable(model, options).train()
     optimizer = torch.optim.AdamW(parameter_groups(trained, 0.0))
     try:
@@ -158,20 +172,20 @@ def _training(model: Any, method: str) -> Iterator[tuple[Any, torch.optim.Optimi
             trained.unload()
         model.eval()
         for name, weight in model.named_parameters():
-            weight.requires_grad_(learned[name])
+            weight.requires_grad_(requires_grad[name])
 
 
 def _train(
-    trained: Any, optimizer: torch.optim.Optimizer, batch: Batch, facts: dict[str, Any]
-) -> dict[str, Spent]:
-    """One step: the loss of every position, backward, optimiser."""
+    trained: Any, optimizer: torch.optim.Optimizer, batch: Batch, figures: MemoryFigures
+) -> dict[str, Duration]:
+    """Time one training step: forward with the loss at every position, backward, optimiser."""
     clock = Clock(base_model_of(trained).device)
     labels = batch.inputs["input_ids"].clone()
     if "attention_mask" in batch.inputs:
         labels[batch.inputs["attention_mask"] == 0] = -100
     start = clock.now()
     trained(**batch.inputs, labels=labels, use_cache=False).loss.backward()
-    both = clock.since(start)
+    forward_backward = clock.since(start)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"forward_backward": both, "step": clock.since(start)}
+    return {"forward_backward": forward_backward, "step": clock.since(start)}

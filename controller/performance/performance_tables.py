@@ -1,4 +1,4 @@
-"""Cells as tables, for a terminal and for Markdown."""
+"""Tables of measured cells, for a terminal and for Markdown, with the goals that they meet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepinsert.controller.runs.folder import describe_machine
+from deepinsert.controller.runs.machine import describe_machine
+from deepinsert.controller.tables import terminal_table
 
 from .goals import verdict
 
@@ -17,9 +18,9 @@ TITLES = {
     "step": "Training step: forward, backward and optimiser",
 }
 CASES = {
-    "train-full": "all weights but the encoder's learn",
-    "train-lora": "LoRA learns",
-    "rows": "one insert layer for each row",
+    "train-full": "all weights but the encoder's are trained",
+    "train-lora": "LoRA is trained",
+    "rows": "one insert layer per row",
     "ragged": "rows of different lengths, padded",
     "mixed": "every other row without an image, padded",
 }
@@ -38,7 +39,7 @@ HEADINGS = (
 
 
 def describe_cell(cell: Mapping[str, Any], part: str) -> str:
-    """One line: what was measured, on which model, on how many tokens."""
+    """Return one line on a measurement: its part and case, the number of tokens, and the model."""
     case = f" ({CASES[cell['case']]})" if cell["case"] in CASES else ""
     size = f"{cell['rows']} x ({cell['text_tokens']} text + {cell['multimodal_tokens']} multimodal) tokens"
     return (
@@ -48,13 +49,13 @@ def describe_cell(cell: Mapping[str, Any], part: str) -> str:
 
 
 def table_rows(cell: Mapping[str, Any], part: str) -> list[tuple[str, ...]]:
-    """The texts of `HEADINGS` for the stock model and each insert layer."""
+    """Return the cells below `HEADINGS` for the stock model and each insert layer."""
     return [_row(cell, part, row) for row in cell["parts"][part]]
 
 
 def _row(cell: Mapping[str, Any], part: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["time_ratio_quartiles"]
-    judged = verdict(cell["case"], part, row)
+    goal = verdict(cell["case"], part, row)
     return (
         _layer(row["insert_layer"]),
         f"{row['ms']:.1f}",
@@ -64,7 +65,7 @@ def _row(cell: Mapping[str, Any], part: str, row: Mapping[str, Any]) -> tuple[st
         f"{row['ideal_ratio']:.3f}",
         *("" if part == "decode" else _share(row[name]) for name in ("saving_kept", "cpu_saving_kept")),
         _cache(row),
-        f"{judged.goal}: {judged.state}" if judged else "",
+        f"{goal.goal}: {goal.state}" if goal else "",
     )
 
 
@@ -91,60 +92,48 @@ def _cache(row: Mapping[str, Any]) -> str:
     return f"{text} = formula" if measured == formula else f"{text}, formula {formula / 1e6:.2f}"
 
 
-def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for a terminal, right-aligned but the last."""
-    widths = [max(len(line[column]) for line in [headings, *rows]) for column in range(len(headings))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == len(widths) - 1 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [headings, *rows]
-    )
+def figures_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table for a terminal with all columns right-aligned but the last."""
+    return terminal_table(headings, rows, ">" * (len(headings) - 1) + "<")
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def terminal(result: Mapping[str, Any]) -> str:
-    """A whole result for a terminal: a table for each cell, and the goals at the end."""
+def result_text(result: Mapping[str, Any]) -> str:
+    """Return a whole result for a terminal: a table per cell, and the goals at the end."""
     blocks = [
-        f"{describe_cell(cell, part)}\n{text_table(HEADINGS, table_rows(cell, part))}"
+        f"{describe_cell(cell, part)}\n{figures_table(HEADINGS, table_rows(cell, part))}"
         for cell in result["cells"]
         for part in cell["parts"]
     ]
-    return "\n\n".join([*blocks, summary(result), f"Measured on {measured_on(result)}."])
+    return "\n\n".join([*blocks, goal_summary(result), f"Measured on {describe_setup(result)}."])
 
 
-def measured_on(result: Mapping[str, Any]) -> str:
-    """Machine, device and threads in one line."""
+def describe_setup(result: Mapping[str, Any]) -> str:
+    """Return machine, device and threads in one line."""
     threads = result["machine"]["torch_threads"]
     return f"{describe_machine(result['machine'])}, {result['device']}, {threads} torch threads"
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """How many rows stand how to each goal, and whether the cache's bytes are the formula's."""
+def goal_summary(result: Mapping[str, Any]) -> str:
+    """Count the rows that meet and miss each goal, and the caches whose bytes equal the formula's."""
     counts: dict[str, Counter[str]] = {}
-    for cell in result["cells"]:
-        for part, rows in cell["parts"].items():
-            for row in rows:
-                judged = verdict(cell["case"], part, row)
-                if judged:
-                    name = f"{part.replace('_', ' + ')}: {judged.goal}"
-                    counts.setdefault(name, Counter())[judged.state] += 1
+    rows_by_part = [
+        (cell["case"], part, row)
+        for cell in result["cells"]
+        for part, rows in cell["parts"].items()
+        for row in rows
+    ]
+    for case, part, row in rows_by_part:
+        if goal := verdict(case, part, row):
+            name = f"{part.replace('_', ' + ')}: {goal.goal}"
+            counts.setdefault(name, Counter())[goal.state] += 1
     caches = [
         row["kv_cache_bytes"] == row["kv_cache_bytes_formula"]
-        for cell in result["cells"]
-        for rows in cell["parts"].values()
-        for row in rows
+        for _, _, row in rows_by_part
         if row.get("kv_cache_bytes_formula") is not None
     ]
     if caches:
         name = "KV cache: bytes equal the formula"
         counts[name] = Counter({"met": sum(caches), "missed": len(caches) - sum(caches)})
     states = ("met", "within noise", "missed")
-    rows = [(goal, *(str(count[state]) for state in states)) for goal, count in counts.items()]
-    return text_table(("Rows by goal", *states), rows).replace("\n", "\n  ")
+    lines = [(goal, *(str(count[state]) for state in states)) for goal, count in counts.items()]
+    return figures_table(("Rows by goal", *states), lines).replace("\n", "\n  ")

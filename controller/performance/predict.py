@@ -1,6 +1,6 @@
-"""`deepinsert predict`: times and memory to expect of a device at each insert layer, before it is bought.
+"""`deepinsert predict`: expected times and memory of a device at each insert layer, without running on it.
 
-Works from the model's `config.json`; no weights are read.
+It needs only the model's `config.json`; no weights are read.
 """
 
 from __future__ import annotations
@@ -17,9 +17,23 @@ from deepinsert.backbones.loading import TINY
 from deepinsert.controller.option_checks import check, parse_layers
 from deepinsert.controller.options import PredictOptions
 from deepinsert.controller.runs.folder import start_run, write_result
+from deepinsert.controller.tables import terminal_table
 
-from .performance_pictures import predicted_ratios
+from .performance_pictures import draw_predicted_ratios
 from .roofline import Device, Prediction, device_named, predict
+
+HEADINGS = (
+    "insert layer",
+    "prefill ms",
+    "ratio",
+    "bound by",
+    "decode ms",
+    "ratio",
+    "bound by",
+    "KV cache MB",
+    "ratio",
+    "FLOPs ratio",
+)
 
 
 def run(options: PredictOptions) -> dict[str, Any]:
@@ -59,13 +73,13 @@ def run(options: PredictOptions) -> dict[str, Any]:
         "device": device,
     }
     written = write_result(out, result_of(result))
-    predicted_ratios(written, out / "predict.png")
-    print(table(written))
+    draw_predicted_ratios(written, out / "predict.png")
+    print(result_text(written))
     return written
 
 
 def device_of(options: PredictOptions) -> Device:
-    """The device that the options name, or describe by its numbers."""
+    """Return the device that the options name, or describe by its numbers."""
     if options.peak_tflops is None or options.bandwidth_gb is None or options.memory_gb is None:
         return device_named(options.device_name)
     precisions = ("float32", "bfloat16", "float16") if options.dtype == "auto" else (options.dtype,)
@@ -74,19 +88,19 @@ def device_of(options: PredictOptions) -> Device:
 
 
 def multimodal_tokens(options: PredictOptions, costs: CostModel) -> int:
-    """Those given, or those of the images where each becomes a fixed number of tokens."""
+    """Return `--multimodal-tokens`, or the tokens of the images if each becomes a fixed number of them."""
     if options.multimodal_tokens is not None:
         return options.multimodal_tokens
     encoder = costs.encoder
     if not isinstance(encoder, TiledEncoder) or encoder.grids:
         raise ValueError(
-            "--multimodal-tokens: images of this model differ in their numbers of tokens; say how many"
+            "--multimodal-tokens: images of this model differ in their numbers of tokens; give the number"
         )
     return options.images * encoder.tokens_per_tile
 
 
 def result_of(result: dict[str, Any]) -> dict[str, Any]:
-    """`result` as plain data."""
+    """Return `result` with predictions and devices as dictionaries."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
@@ -96,30 +110,36 @@ def result_of(result: dict[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in result.items()}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result for a terminal."""
+def result_text(result: dict[str, Any]) -> str:
+    """Return the result for a terminal: a table by insert layer, with the assumptions around it."""
     device, stock = result["device"], result["stock"]
+    fits = "fit" if stock["fits"] else "do not fit"
     lines = [
-        f"Expected of {device['name']} for {result['rows']} rows of {result['text_tokens']} text + "
+        f"Predicted for {device['name']} with {result['rows']} rows of {result['text_tokens']} text + "
         f"{result['multimodal_tokens']} multimodal tokens, {result['num_layers']} layers, {result['dtype']}, "
         f"kernels at {result['efficiency']:.0%} of its peak",
-        f"{'insert layer':>12}  {'prefill ms':>10}  {'ratio':>5}  {'bound by':>8}  {'decode ms':>9}  "
-        f"{'ratio':>5}  {'bound by':>8}  {'KV cache MB':>11}  {'ratio':>5}  {'FLOPs ratio':>11}",
-    ]
-    for row in result["layers"]:
-        prefill, decode, flops = row["prefill"], row["decode"], row["flops_ratio"]
-        cache, kept = row["kv_cache_bytes"] / 1e6, row["kv_cache_ratio"]
-        lines.append(
-            f"{row['insert_layer']:>12}  {prefill['ms']:>10.4g}  {row['prefill_ratio']:>5.3f}  "
-            f"{prefill['bound']:>8}  {decode['ms']:>9.4g}  {row['decode_ratio']:>5.3f}  "
-            f"{decode['bound']:>8}  {cache:>11.4g}  {kept:>5.3f}  {flops:>11.3f}"
-        )
-    fits = "fit" if stock["fits"] else "do not fit"
-    lines.append(
+        terminal_table(HEADINGS, [_table_row(row) for row in result["layers"]], ">"),
         f"At insert layer 0, weights ({stock['weight_bytes'] / 1e9:.3g} GB) and KV cache {fits} in "
-        f"{device['memory'] / 1e9:.3g} GB; {stock['prefill']['intensity']:.0f} FLOPs a byte in prefill, "
-        f"{stock['decode']['intensity']:.1f} in decode."
-    )
+        f"{device['memory'] / 1e9:.3g} GB; {stock['prefill']['intensity']:.0f} FLOPs per byte in prefill, "
+        f"{stock['decode']['intensity']:.1f} in decode.",
+    ]
     if result["encoder"] == "estimated":
-        lines.append("The encoder's kind is not known here: its cost is an estimate from its weights.")
+        lines.append("The kind of the encoder is unknown: its cost is estimated from its number of weights.")
     return "\n".join(lines)
+
+
+def _table_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells below `HEADINGS` for one insert layer."""
+    prefill, decode = row["prefill"], row["decode"]
+    return (
+        str(row["insert_layer"]),
+        f"{prefill['ms']:.4g}",
+        f"{row['prefill_ratio']:.3f}",
+        prefill["bound"],
+        f"{decode['ms']:.4g}",
+        f"{row['decode_ratio']:.3f}",
+        decode["bound"],
+        f"{row['kv_cache_bytes'] / 1e6:.4g}",
+        f"{row['kv_cache_ratio']:.3f}",
+        f"{row['flops_ratio']:.3f}",
+    )

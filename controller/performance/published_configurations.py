@@ -1,6 +1,6 @@
 """Published configurations as numbers, and models built from them with random weights on any device.
 
-Time does not depend on the weights' values, so no checkpoint is needed to measure a model of its size.
+Time does not depend on the values of the weights, so no checkpoint is needed to measure a model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     LlavaConfig,
     LlavaNextConfig,
+    PreTrainedConfig,
     Qwen2_5_VLConfig,
 )
 
@@ -54,7 +55,7 @@ QWEN_7B = {
     "vocab_size": 152064,
     "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
 }
-CLIP_L_336 = {
+CLIP_L_336: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -77,9 +78,9 @@ QWEN_VISION = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+PINPOINTS: list[list[int]] = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
-# What the tiny scale puts in place of the numbers: the same classes and shapes of code, in seconds on a CPU.
+# The numbers of the tiny scale, with which the same code runs in seconds on a CPU.
 TINY_TEXT = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -109,23 +110,25 @@ TINY_QWEN_VISION = {
 
 
 @dataclass(frozen=True)
-class Published:
-    """A model as it was published: its name on the hub, its numbers, and its number of weights."""
+class PublishedModel:
+    """A published model: its id on the hub, its number of weights, and its configuration."""
 
     hub_id: str
     weights: int
-    configuration: Callable[[Scale], Any]
+    configuration: Callable[[Scale], PreTrainedConfig]
 
     def build(self, device: str | torch.device, dtype: torch.dtype, scale: Scale = "published") -> Any:
-        """The model with random weights, made on `device` in `dtype`: no copy on the CPU. In eval mode."""
+        """Build the model with random weights on `device`, without a copy on the CPU, in eval mode."""
         torch.manual_seed(0)
+        auto_class: Any = AutoModelForMultimodalLM
         with torch.device(device):
-            model = AutoModelForMultimodalLM.from_config(self.configuration(scale), dtype=dtype).to(dtype)
+            model = auto_class.from_config(self.configuration(scale), dtype=dtype).to(dtype)
         model.generation_config.eos_token_id = None
         return model.eval()
 
 
 def _text(numbers: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
+    """Return the numbers of a text model at a scale."""
     return dict(numbers) | (TINY_TEXT if scale == "tiny" else {})
 
 
@@ -142,7 +145,7 @@ def _llava(numbers: Mapping[str, Any]) -> Callable[[Scale], Any]:
 
 def _llava_next(scale: Scale) -> LlavaNextConfig:
     vision = CLIP_L_336 | (TINY_CLIP if scale == "tiny" else {})
-    share = vision["image_size"] / CLIP_L_336["image_size"]  # type: ignore[operator]
+    share = vision["image_size"] / CLIP_L_336["image_size"]
     return LlavaNextConfig(
         text_config=_text(MISTRAL_7B, scale),
         vision_config=vision,
@@ -166,9 +169,10 @@ def _qwen(scale: Scale) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
 
 
-PUBLISHED = {
-    "llava-1.5-7b": Published("llava-hf/llava-1.5-7b-hf", 7_063_427_072, _llava(VICUNA_7B)),
-    "llava-1.5-13b": Published("llava-hf/llava-1.5-13b-hf", 13_351_494_656, _llava(VICUNA_13B)),
-    "llava-next-7b": Published("llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648, _llava_next),
-    "qwen2.5-vl-7b": Published("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, _qwen),
+PUBLISHED_MODELS = {
+    "llava-1.5-7b": PublishedModel("llava-hf/llava-1.5-7b-hf", 7_063_427_072, _llava(VICUNA_7B)),
+    "llava-1.5-13b": PublishedModel("llava-hf/llava-1.5-13b-hf", 13_351_494_656, _llava(VICUNA_13B)),
+    "llava-next-7b": PublishedModel("llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648, _llava_next),
+    "qwen2.5-vl-7b": PublishedModel("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, _qwen),
 }
+"""Published models by the name that `benchmarks/gpu.py` accepts."""

@@ -1,6 +1,6 @@
-"""Models built for measuring: LLaVA with random weights, large enough for arithmetic to dominate on a CPU.
+"""LLaVA models with random weights to measure on a CPU, large enough for arithmetic to dominate.
 
-Time does not depend on the weights' values. The vision tower is kept small; its cost is counted.
+Time does not depend on the values of the weights. The vision tower is small, and its cost is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PATCH_SIZE = 4
 
 @dataclass(frozen=True)
 class BenchModel:
-    """Decoder layers, width, width of the gated MLP, attention heads, and patches along an image's side."""
+    """Sizes of a LLaVA: decoder layers, width, width of the gated MLP, attention heads, patches per side."""
 
     layers: int
     width: int
@@ -36,8 +36,8 @@ BENCH_MODELS = {
     "bench-small": BenchModel(8, 256, 688, 4),
     "bench-tiny": BenchModel(4, 64, 172, 2, side=8),
 }
-"""The first is what is measured; the next two stand in for it where a batch would take too long on a CPU, and
-the last shows in seconds that everything works."""
+"""`bench` is the model to measure; `bench-half` and `bench-small` replace it for batches that would take too
+long on a CPU, and `bench-tiny` checks in seconds that everything works."""
 
 
 def build_bench_model(
@@ -47,7 +47,15 @@ def build_bench_model(
     image_token: int = IMAGE_TOKEN,
     vocabulary: int = IMAGE_TOKEN + 1,
 ) -> LlavaForConditionalGeneration:
-    """The model of that name in `BENCH_MODELS`, in eval mode."""
+    """Build a model with random weights, always the same, in eval mode.
+
+    Args:
+        name: a name in `BENCH_MODELS`.
+        device: a torch device.
+        dtype: the precision of the weights.
+        image_token: the id of the placeholder for image tokens.
+        vocabulary: the number of token ids.
+    """
     size = BENCH_MODELS[name]
     text = LlamaConfig(
         hidden_size=size.width,
@@ -67,5 +75,7 @@ def build_bench_model(
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
     torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(config).eval()
-    return model.to(device, dtype)
+    model = LlavaForConditionalGeneration(config)
+    untyped: Any = model  # `eval` and `to` of transformers are not typed
+    untyped.eval().to(device, dtype)
+    return model

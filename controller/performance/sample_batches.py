@@ -1,7 +1,6 @@
-"""Batches to measure with: random text around images of random pixels, as the model takes them.
+"""Batches to measure with: random text around images of random pixels, in the form of model inputs.
 
-Time does not depend on the values, so no processor, tokenizer or data is needed, and any model that can be
-built from its configuration can be measured.
+Time does not depend on the values, so a model can be measured without processor, tokenizer or data.
 """
 
 from __future__ import annotations
@@ -15,35 +14,40 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepinsert.backbones.families import base_model_of, placeholder_token_ids
+from deepinsert.backbones.loading import to_model
 
 TEXT_BEFORE_IMAGE = 5
-WORDS = (10, 900)  # ids of words in every model measured here, clear of special and placeholder tokens
-GRID = (2, 2)  # tiles that LLaVA-NeXT cuts an image into, beside the whole image
-PATCHES = 48  # patches along a side of Qwen's image: 576 tokens after merging two by two
+"""Text tokens before the images of a row."""
+WORDS = (10, 900)
+"""Range of ids that are words in every model measured here, neither special nor placeholder tokens."""
+GRID = (2, 2)
+"""Rows and columns of tiles that LLaVA-NeXT cuts an image into, beside the whole image."""
+PATCHES = 48
+"""Patches along a side of Qwen's image, which become 576 tokens after merging two by two."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs and what they cost by: lengths of the longest row, images and their tokens in total."""
+    """Model inputs, with the numbers that their cost depends on."""
 
     inputs: dict[str, Tensor]
     rows: int
     length: int
-    """Tokens of a row, padding included: what the stock model computes."""
+    """Tokens per row, padding included, which the stock model computes."""
     text: int
-    """Text tokens of the row that has most: what a layer below the insert layer computes for each row."""
+    """Text tokens of the row with most text, which a layer below the insert layer computes per row."""
     images: int
     multimodal_total: int
     """Multimodal tokens of the whole batch."""
 
     @property
     def multimodal(self) -> int:
-        """What is left of a row at its full length, padding included."""
+        """Tokens per row beyond `text`, padding included."""
         return self.length - self.text
 
 
-def describe(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> Batch:
-    """The batch's numbers, counted in `inputs`."""
+def describe_batch(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) -> Batch:
+    """Count the tokens in `inputs`, which hold `images` images in total."""
     ids = inputs["input_ids"]
     placeholders = torch.tensor(sorted(placeholder_token_ids(model.config)), device=ids.device)
     multimodal = torch.isin(ids, placeholders)
@@ -53,10 +57,11 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Tensor], images: int) 
 
 
 def make_batch(model: Any, texts: Sequence[int], images: Sequence[int]) -> Batch:
-    """Rows of `texts[i]` text tokens and `images[i]` images each, left-padded to the longest."""
+    """Make a left-padded batch whose row i has `texts[i]` text tokens and `images[i]` images."""
     base: Any = base_model_of(model)
     generator = torch.Generator().manual_seed(0)
-    media, tokens = _media(base, sum(images), generator)
+    image_inputs = _image_inputs(base, sum(images), generator)
+    tokens = tokens_per_image(base) if sum(images) else 0
     placeholder = base.config.image_token_id
     rows = []
     for text, number in zip(texts, images, strict=True):
@@ -66,22 +71,19 @@ def make_batch(model: Any, texts: Sequence[int], images: Sequence[int]) -> Batch
     longest = max(map(len, rows))
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
-    inputs = {"input_ids": ids, "attention_mask": mask, **media}
+    inputs = {"input_ids": ids, "attention_mask": mask, **image_inputs}
     if base.config.model_type == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (ids == placeholder).long()
-    moved = {
-        name: value.to(base.device, base.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
-    return describe(base, moved, sum(images))
+    return describe_batch(base, to_model(inputs, base), sum(images))
 
 
 def tokens_per_image(model: Any) -> int:
-    """Multimodal tokens that one image of `make_batch` becomes."""
+    """Return the number of multimodal tokens that one image of `make_batch` becomes."""
     vision: Any = base_model_of(model).config.vision_config
     if model.config.model_type == "qwen2_5_vl":
-        return (_patches(vision) // vision.spatial_merge_size) ** 2
-    side = vision.image_size // vision.patch_size
+        merged_side: int = _patches(vision) // vision.spatial_merge_size
+        return merged_side**2
+    side: int = vision.image_size // vision.patch_size
     if model.config.model_type == "llava_next":
         height, width = GRID
         return side**2 + height * side * (width * side + 1)
@@ -89,30 +91,28 @@ def tokens_per_image(model: Any) -> int:
 
 
 def _patches(vision: Any) -> int:
-    """Patches along a side of Qwen's image: fewer for a vision tower made small."""
+    """Return the patches along a side of Qwen's image, fewer for a small vision tower."""
     return PATCHES if vision.hidden_size >= 1024 else 8
 
 
-def _media(model: Any, images: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
-    """The inputs that hold `images` images, and the tokens that each becomes."""
+def _image_inputs(model: Any, images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the inputs that hold `images` images of random pixels."""
     if not images:
-        return {}, 0
+        return {}
     vision = model.config.vision_config
-    kind = model.config.model_type
-    if kind == "qwen2_5_vl":
+    model_type = model.config.model_type
+    if model_type == "qwen2_5_vl":
         side = _patches(vision)
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         grid = torch.tensor([[1, side, side]] * images)
         pixels = torch.randn(images * side * side, values, generator=generator)
-        return {"pixel_values": pixels, "image_grid_thw": grid}, tokens_per_image(model)
+        return {"pixel_values": pixels, "image_grid_thw": grid}
     size = vision.image_size
-    if kind == "llava_next":
+    if model_type == "llava_next":
         height, width = GRID
         pixels = torch.randn(images, 1 + height * width, 3, size, size, generator=generator)
         sizes = torch.tensor([[height * size, width * size]] * images)
-        return {"pixel_values": pixels, "image_sizes": sizes}, tokens_per_image(model)
-    if kind == "llava":
-        return {"pixel_values": torch.randn(images, 3, size, size, generator=generator)}, tokens_per_image(
-            model
-        )
-    raise ValueError(f"model type {kind!r}: batches are made for llava, llava_next and qwen2_5_vl")
+        return {"pixel_values": pixels, "image_sizes": sizes}
+    if model_type == "llava":
+        return {"pixel_values": torch.randn(images, 3, size, size, generator=generator)}
+    raise ValueError(f"model type {model_type!r}: batches are made for llava, llava_next and qwen2_5_vl")

@@ -1,6 +1,6 @@
-"""What bench promises: whole results, cells that continue, right arithmetic, published sizes, clear errors.
+"""`deepinsert bench`: complete results, resumed cells, right arithmetic, published sizes, clear errors.
 
-No test asserts a time: what is measured here is whether the commands measure.
+No test asserts a measured time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from deepinsert.controller import cli
 from deepinsert.controller.finetuning.recipe import make_trainable
 from deepinsert.controller.options import FinetuneOptions
 from deepinsert.controller.performance import ideal_ratios as ideal
-from deepinsert.controller.performance.arms import Samples, Spent, compare, saving_kept, take_turns
+from deepinsert.controller.performance.arms import Duration, Samples, compare, saving_kept, take_turns
 from deepinsert.controller.performance.goals import verdict
 from deepinsert.controller.performance.grids import PER_ROW, Cell, full_grid, quick_grid
 from deepinsert.controller.performance.host_syncs import find_syncs
 from deepinsert.controller.performance.measured_cases import measure
 from deepinsert.controller.performance.performance_page import write_document
-from deepinsert.controller.performance.published_configurations import PUBLISHED
+from deepinsert.controller.performance.published_configurations import PUBLISHED_MODELS
 from deepinsert.controller.performance.random_models import build_bench_model
 from deepinsert.controller.performance.sample_batches import make_batch, tokens_per_image
 
@@ -37,18 +37,18 @@ TINY = ("bench", "--backbone", "bench-tiny", "--batch-size", "2", "--repeats", "
 
 
 def gpu_benchmark():
-    """`benchmarks/gpu.py` as a module; scripts are no package."""
+    """Import `benchmarks/gpu.py`, which is in no package, as a module."""
     spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_benchmark"] = module  # where dataclasses look their types up
+    sys.modules["gpu_benchmark"] = module  # dataclasses look up their types here
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run of every case on the smallest model."""
+    """Finish a run of every case on the smallest model; returns its folder."""
     out = tmp_path_factory.mktemp("bench")
     cli.main([*TINY, "--insert-layers", "0,2", "--out", str(out)])
     return out
@@ -83,13 +83,13 @@ def test_a_run_holds_every_case_with_its_ideal_and_its_machine(run):
 
 
 def test_the_cache_holds_the_bytes_of_the_formula(run):
-    weighed = [
+    rows = [
         row
         for cell in result_of(run)["cells"]
         if cell["case"] == "prefill"
         for row in cell["parts"]["prefill"]
     ]
-    assert weighed and all(row["kv_cache_bytes"] == row["kv_cache_bytes_formula"] for row in weighed)
+    assert rows and all(row["kv_cache_bytes"] == row["kv_cache_bytes_formula"] for row in rows)
 
 
 def test_the_same_command_measures_only_the_cells_that_are_missing(run, tmp_path):
@@ -109,7 +109,7 @@ def test_the_same_command_measures_only_the_cells_that_are_missing(run, tmp_path
     assert len(result_of(out)["cells"]) == len(cells) > 2
 
 
-def test_a_model_of_the_users_is_measured_on_rendered_images(tmp_path):
+def test_a_users_model_is_measured_on_rendered_images(tmp_path):
     words = ["bench", "--backbone", "tiny", "--batch-size", "2", "--repeats", "1", "--insert-layers", "0,6"]
     cli.main([*words, "--out", str(tmp_path)])
     result = result_of(tmp_path)
@@ -118,7 +118,7 @@ def test_a_model_of_the_users_is_measured_on_rendered_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (("--cases", "prefil"), "'prefil'"),
         (("--repeats", "0"), "--repeats 0"),
@@ -128,16 +128,16 @@ def test_a_model_of_the_users_is_measured_on_rendered_images(tmp_path):
         (("--backbone", "/no/where"), "--backbone /no/where"),
     ],
 )
-def test_mistakes_are_one_line(words, named, tmp_path, capsys):
+def test_mistakes_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*TINY[:3], *words, "--out", str(tmp_path / "run")])
     assert ended.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("deepinsert: error: ") and named in last
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("deepinsert: error: ") and message in last_line
 
 
 def test_the_share_kept_of_a_saving():
-    # Of 40 % that could be saved, 38 % and 20 % were; nothing can be kept where nothing is to be saved.
+    # Of 40 % that could be saved, 38 % and 20 % were; without a possible saving there is no share.
     assert saving_kept(0.62, 0.6) == pytest.approx(0.95)
     assert saving_kept(0.8, 0.6) == pytest.approx(0.5)
     assert saving_kept(1.1, 0.6) == pytest.approx(-0.25)
@@ -156,13 +156,13 @@ def test_ratios_are_taken_within_a_round():
     assert arm["saving_kept"] == pytest.approx(0.8) and arm["over_ideal"] == pytest.approx(0.2)
 
 
-def test_arms_take_turns_in_turned_order():
+def test_arms_take_turns_in_alternating_order():
     order: list[int] = []
 
     def arm(number: int):
-        def run() -> dict[str, Spent]:
+        def run() -> dict[str, Duration]:
             order.append(number)
-            return {"part": Spent(10.0 * number, number)}
+            return {"part": Duration(10.0 * number, number)}
 
         return run
 
@@ -186,14 +186,14 @@ def test_arms_take_turns_in_turned_order():
         ("decode", "decode", {"insert_layer": 8, "ideal_ratio": 0.9, "time_ratio": 0.99}, "met"),
     ],
 )
-def test_goals_are_those_that_were_set(case, part, row, state):
+def test_rows_are_compared_with_the_goal_of_their_case(case, part, row, state):
     whole = {"ideal_ratio": 1.0, "saving_kept": 1.0, **row}
-    found = verdict(case, part, {**whole, "time_ratio_quartiles": [whole["time_ratio"]] * 2})
-    assert found is not None and found.state == state
+    result = verdict(case, part, {**whole, "time_ratio_quartiles": [whole["time_ratio"]] * 2})
+    assert result is not None and result.state == state
     assert verdict(case, part, {**whole, "insert_layer": None, "time_ratio_quartiles": [1, 1]}) is None
 
 
-def test_grids_cover_what_was_asked_for():
+def test_grids_cover_the_documented_sizes():
     full = {(cell.rows, cell.text, cell.multimodal) for cell in full_grid() if cell.case == "prefill"}
     assert full == {(b, t, m) for b in (1, 8, 32) for t in (64, 128) for m in (576, 2304)}
     for grid in (quick_grid(), full_grid()):
@@ -205,7 +205,7 @@ def test_grids_cover_what_was_asked_for():
 
 
 def test_prefill_costs_what_the_flop_counter_counts(tiny_model):
-    """In a padded batch too: a row of 8 text tokens beside one of 16, and a row without an image."""
+    """The batch is padded: a row of 8 text tokens beside one of 16, and a row without an image."""
     batch = make_batch(tiny_model, [16, 8, 16], [1, 1, 0])
     assert (batch.rows, batch.length, batch.text, batch.images) == (3, 16 + 64, 16, 2)
     costs = CostModel.from_model(tiny_model)
@@ -252,12 +252,12 @@ def test_measuring_leaves_the_model_as_it_was(case):
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_MODELS)
 def test_published_configurations_have_the_published_number_of_weights(name):
     """By hand for LLaVA-1.5-7B: 262.7 M embeddings and head, 32 x 202.4 M layers, 303.5 M CLIP-L, 21.0 M
     projector: 7.063 B."""
-    model = PUBLISHED[name].build("meta", torch.bfloat16)
-    assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name].weights
+    model = PUBLISHED_MODELS[name].build("meta", torch.bfloat16)
+    assert sum(weight.numel() for weight in model.parameters()) == PUBLISHED_MODELS[name].weights
     assert model.dtype == torch.bfloat16 and {weight.device.type for weight in model.parameters()} == {"meta"}
     layers = {"llava-1.5-13b": 40, "qwen2.5-vl-7b": 28}
     assert len(find_stack(model).layers) == layers.get(name, 32)
@@ -265,8 +265,8 @@ def test_published_configurations_have_the_published_number_of_weights(name):
     assert tokens_per_image(model) == images.get(name, 576)
 
 
-def test_published_models_run_at_tiny_scale_and_tell_what_waits():
-    model = PUBLISHED["llava-1.5-7b"].build("cpu", torch.float32, "tiny")
+def test_an_insert_layer_adds_at_most_one_wait_of_the_host():
+    model = PUBLISHED_MODELS["llava-1.5-7b"].build("cpu", torch.float32, "tiny")
     batch = make_batch(model, [8], [1])
     stock, shallow, deep = (find_syncs(model, batch, layer) for layer in (None, 0, 8))
     assert shallow["operations"] == stock["operations"]
@@ -276,19 +276,9 @@ def test_published_models_run_at_tiny_scale_and_tell_what_waits():
 
 def test_the_gpu_benchmark_runs_on_a_cpu_at_tiny_scale(tmp_path, capsys):
     out = tmp_path / "gpu"
-    words = [
-        "--device",
-        "cpu",
-        "--scale",
-        "tiny",
-        "--models",
-        "llava-1.5-7b",
-        "--repeats",
-        "1",
-        "--text",
-        "16",
-    ]
-    gpu_benchmark().main([*words, "--batch-sizes", "1", "--insert-layers", "0,8", "--out", str(out)])
+    words = ["--device", "cpu", "--scale", "tiny", "--models", "llava-1.5-7b", "--repeats", "1"]
+    sizes = ["--text", "16", "--batch-sizes", "1", "--insert-layers", "0,8"]
+    gpu_benchmark().main([*words, *sizes, "--out", str(out)])
     printed = capsys.readouterr().out
     assert "0.881" in printed and "<= 0.81" in printed and "say nothing" in printed
     cells = result_of(out)["cells"]
@@ -298,7 +288,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_at_tiny_scale(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (("--device", "cpu"), "--scale tiny"),
         (("--models", "llava-2"), "--models llava-2"),
@@ -306,15 +296,15 @@ def test_the_gpu_benchmark_runs_on_a_cpu_at_tiny_scale(tmp_path, capsys):
         *([] if torch.cuda.is_available() else [((), "no CUDA device")]),
     ],
 )
-def test_the_gpu_benchmark_says_what_is_missing(words, named, tmp_path, capsys):
+def test_the_gpu_benchmark_names_what_is_missing(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         gpu_benchmark().main([*words, "--out", str(tmp_path / "run")])
     errors = capsys.readouterr().err
-    assert ended.value.code == 2 and named in errors and "Traceback" not in errors
+    assert ended.value.code == 2 and message in errors and "Traceback" not in errors
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_the_gpu_benchmark_lists_what_waits(tmp_path, capsys):
+def test_the_gpu_benchmark_lists_what_makes_the_host_wait(tmp_path, capsys):
     words = ["--device", "cpu", "--scale", "tiny", "--models", "qwen2.5-vl-7b", "--profile"]
     gpu_benchmark().main([*words, "--out", str(tmp_path)])
     assert "insert layer 8" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`deepinsert predict` from a folder that holds nothing but a config.json."""
+"""`deepinsert predict` from a folder that holds only a config.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LLAVA = {
         "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
     },
 }  # fmt: skip
-"""LLaVA-1.5-7B, in what its config.json says beyond the defaults."""
+"""The entries of LLaVA-1.5-7B's config.json that differ from the defaults."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_configuration_is_enough(llava, tmp_path, capsys):
     assert "fit in 40 GB" in printed and f"Run folder: {out}" in printed
 
 
-def test_the_embedded_backbone_costs_what_its_model_costs(tmp_path):
+def test_the_tiny_backbone_has_the_costs_of_its_model(tmp_path):
     result = predict(tmp_path, "--device-name", "H100", "--text-tokens", 16, "--insert-layers", "0,3")
     costs = CostModel.from_model(load_backbone("tiny", device="cpu").model)
     tokens = result["multimodal_tokens"]
@@ -61,7 +61,7 @@ def test_the_embedded_backbone_costs_what_its_model_costs(tmp_path):
     assert result["layers"][0]["prefill_ratio"] == 1
 
 
-def test_a_device_of_ones_own_and_this_machine(llava, tmp_path):
+def test_a_described_device_and_this_machine(llava, tmp_path):
     numbers = ("--peak-tflops", 100, "--bandwidth-gb", 1000, "--memory-gb", 12)
     result = predict(tmp_path / "own", "--backbone", llava, "--device-name", "mine", *numbers)
     assert result["device"]["name"] == "mine" and not result["stock"]["fits"]
@@ -70,7 +70,7 @@ def test_a_device_of_ones_own_and_this_machine(llava, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--device-name", "H1000"], "'H1000' is not in the table"),
         (["--device-name", "T4", "--dtype", "bfloat16"], "T4 has no figure for bfloat16"),
@@ -83,12 +83,12 @@ def test_a_device_of_ones_own_and_this_machine(llava, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line_and_leave_no_folder(words, named, tmp_path, capsys):
+def test_mistakes_are_one_line_and_leave_no_folder(words, message, tmp_path, capsys):
     (tmp_path / "qwen").mkdir()
     (tmp_path / "qwen" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     words = [str(tmp_path / "qwen") if word == "QWEN" else word for word in words]
     with pytest.raises(SystemExit) as ended:
         cli.main(["predict", *words, "--out", str(tmp_path / "run")])
     assert ended.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Predicted times: worked by hand for LLaVA-1.5-7B, against the paper's figures, and in their limits."""
+"""Predicted times equal a calculation by hand for LLaVA-1.5-7B, the paper's figures, and their limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ A100 = DEVICES["A100-40"]
 
 
 def llava(**text) -> CostModel:
-    """As its published config.json says; nothing is downloaded."""
+    """Return the costs of LLaVA-1.5-7B by its published configuration, without a download."""
     tower = {
         "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
         "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
@@ -52,10 +52,10 @@ def test_the_paper_s_ratios_come_out_of_a_configuration(costs):
     stock = costs.decoder_flops(TEXT, IMAGE, 0)
     ratios = [costs.decoder_flops(TEXT, IMAGE, layer) / stock for layer in (4, 8, 12)]
     assert ratios == pytest.approx([0.887, 0.774, 0.661], abs=1e-3)
-    predicted = [predict(costs, A100, TEXT, IMAGE, layer) for layer in (4, 8, 12)]
-    assert [one.kv_cache_ratio for one in predicted] == pytest.approx([0.8875, 0.775, 0.6625])
-    # Measured by the paper: 0.928, 0.881, 0.836. Reading the weights for 64 tokens explains a part of that.
-    times = [one.prefill_ratio for one in predicted]
+    predictions = [predict(costs, A100, TEXT, IMAGE, layer) for layer in (4, 8, 12)]
+    assert [prediction.kv_cache_ratio for prediction in predictions] == pytest.approx([0.8875, 0.775, 0.6625])
+    # The paper measured 0.928, 0.881, 0.836; reading the weights for 64 tokens explains a part of the excess.
+    times = [prediction.prefill_ratio for prediction in predictions]
     assert all(
         allowed < time < measured
         for allowed, time, measured in zip(ratios, times, (0.928, 0.881, 0.836), strict=True)
@@ -63,7 +63,7 @@ def test_the_paper_s_ratios_come_out_of_a_configuration(costs):
 
 
 def test_a_prefill_worked_by_hand(costs):
-    """At layer 32 every layer sees text alone, and the time is that of reading the weights."""
+    """At insert layer 32 all layers see text only, and the time is that of reading the weights."""
     matrices = 4 * 4096**2 + 3 * 4096 * 11008
     weights = 2 * (matrices + 2 * 4096)  # and two norms
     wide = 2 * matrices * 640 / 312e12
@@ -76,9 +76,9 @@ def test_a_prefill_worked_by_hand(costs):
     head = 2 * 4096 * 32064 / 1555e9
     for layer in (0, 12, 32):
         seconds = encoder + head + layer * (narrow + small) + (32 - layer) * (wide + attention)
-        found = predict(costs, A100, TEXT, IMAGE, layer, efficiency=1).prefill
-        assert found.ms == pytest.approx(1000 * seconds, rel=1e-6)
-        assert found.bound == ("memory" if layer == 32 else "compute")
+        prefill = predict(costs, A100, TEXT, IMAGE, layer, efficiency=1).prefill
+        assert prefill.ms == pytest.approx(1000 * seconds, rel=1e-6)
+        assert prefill.bound == ("memory" if layer == 32 else "compute")
 
 
 def test_a_decoded_token_worked_by_hand(costs):
@@ -87,31 +87,33 @@ def test_a_decoded_token_worked_by_hand(costs):
     for layer in (0, 12):
         tokens = 12 * (64 if layer else 640) + 20 * 640
         cache = tokens * 2 * 4096 * 2
-        found = predict(costs, A100, TEXT, IMAGE, layer, efficiency=1)
-        assert found.kv_cache_bytes == cache
-        assert found.memory_bytes == costs.weight_bytes + cache and found.fits
-        assert found.decode.ms == pytest.approx(1000 * (weights + cache) / 1555e9, rel=2e-3)
-        assert found.decode.bound == "memory" and found.decode.intensity == pytest.approx(1, abs=0.05)
-    assert found.decode_ratio == pytest.approx(0.991, abs=1e-3)
+        prediction = predict(costs, A100, TEXT, IMAGE, layer, efficiency=1)
+        decode = prediction.decode
+        assert prediction.kv_cache_bytes == cache
+        assert prediction.memory_bytes == costs.weight_bytes + cache and prediction.fits
+        assert decode.ms == pytest.approx(1000 * (weights + cache) / 1555e9, rel=2e-3)
+        assert decode.bound == "memory" and decode.intensity == pytest.approx(1, abs=0.05)
+    assert prediction.decode_ratio == pytest.approx(0.991, abs=1e-3)
 
 
 def test_without_a_limit_on_memory_the_flops_alone_decide(costs):
     fast = Device("fast memory", {"float16": 1e12}, 1e30, math.inf)
     for layer in (0, 8, 32):
-        found = predict(costs, fast, TEXT, IMAGE, layer)
-        assert found.prefill_ratio == pytest.approx(found.flops_ratio)
-        assert found.flops_ratio == pytest.approx(costs.flops_ratio(TEXT, IMAGE, layer, logits_to_keep=1))
-        assert found.prefill.bound == found.decode.bound == "compute"
+        prediction = predict(costs, fast, TEXT, IMAGE, layer)
+        flops_ratio = costs.flops_ratio(TEXT, IMAGE, layer, logits_to_keep=1)
+        assert prediction.prefill_ratio == pytest.approx(prediction.flops_ratio)
+        assert prediction.flops_ratio == pytest.approx(flops_ratio)
+        assert prediction.prefill.bound == prediction.decode.bound == "compute"
 
 
 def test_ratios_do_not_depend_on_the_efficiency_and_grow_with_the_batch(costs):
     half, whole = (predict(costs, A100, TEXT, IMAGE, 12, efficiency=share) for share in (0.5, 1))
     assert half.prefill.ms == pytest.approx(2 * whole.prefill.ms)
     assert (half.prefill_ratio, half.decode_ratio) == pytest.approx((whole.prefill_ratio, whole.decode_ratio))
-    # The more rows share a read of the weights, the more of what is saved in FLOPs and cache is time saved.
+    # The more rows share one read of the weights, the more of the saved FLOPs and cache becomes saved time.
     batches = [predict(costs, A100, TEXT, IMAGE, 12, batch=rows) for rows in (1, 4, 16, 64)]
-    for ratio in ("prefill_ratio", "decode_ratio"):
-        ratios = [getattr(one, ratio) for one in batches]
+    for name in ("prefill_ratio", "decode_ratio"):
+        ratios = [getattr(prediction, name) for prediction in batches]
         assert ratios == sorted(ratios, reverse=True)
     assert batches[-1].prefill_ratio == pytest.approx(batches[-1].flops_ratio, abs=0.01)
     assert batches[-1].kv_cache_bytes == 64 * batches[0].kv_cache_bytes
