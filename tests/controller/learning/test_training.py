@@ -12,6 +12,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 from synthetic_tables import LAYERS, clustered_table, constant_table, graded_table, structureless_table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepinsert.controller.learning.train_policy import (
     compare_policies,
@@ -239,6 +240,17 @@ def test_training_leaves_the_global_random_state_and_threads_alone():
     assert state() == before
 
 
+EVENT_TAGS = ("reward/total", "reward/performance", "reward/bonus", "policy/insert_layer")
+
+
+def logged_events(folder):
+    """Step, tag and value of the only event file's scalars about episodes."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(path)).Reload()
+    scalars = [(event.step, tag, event.value) for tag in EVENT_TAGS for event in events.Scalars(tag)]
+    return sorted(scalars, key=lambda scalar: (scalar[0], EVENT_TAGS.index(scalar[1])))
+
+
 def test_logs_hold_the_parts_of_the_reward(tmp_path):
     table, observations = clustered_table(prompts=200)
     train_policy(table, observations, skip_weight=SKIP_WEIGHT, steps=6144, log_folder=tmp_path)
@@ -250,8 +262,11 @@ def test_logs_hold_the_parts_of_the_reward(tmp_path):
         assert row["reward/bonus"] == pytest.approx(SKIP_WEIGHT * row["policy/insert_layer"] / LAYERS)
     assert rows[0]["reward/performance"] == pytest.approx(-table.losses.mean(), abs=0.05)  # still uniform
     assert rows[-1]["reward/total"] > rows[0]["reward/total"]
+    assert logged_events(tmp_path) == [
+        (row["time/total_timesteps"], tag, np.float32(row[tag])) for row in rows for tag in EVENT_TAGS
+    ]
     train_policy(table, observations, steps=1, log_folder=tmp_path)
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1  # an earlier start's are removed
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1  # those of an earlier start are removed
 
 
 @pytest.fixture(scope="module")
