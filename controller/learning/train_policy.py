@@ -25,7 +25,7 @@ from deepinsert.controller.policy.baselines import (
 )
 from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.policy.policy_files import HELD_OUT
-from deepinsert.controller.policy.policy_pictures import policy_rewards
+from deepinsert.controller.policy.policy_pictures import plot_policy_rewards
 from deepinsert.controller.prompt_selection import image_prompts
 from deepinsert.controller.runs.atomic_files import atomic_file, write_json
 from deepinsert.controller.runs.folder import read_result, start_run, write_result
@@ -98,7 +98,7 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
     held_out_keys = [key for key, trained in zip(table.prompt_keys, in_training, strict=True) if not trained]
     write_json(out / HELD_OUT, {"prompt_keys": held_out_keys})
     policy.save(out)
-    policy_rewards(out / "progress.csv", out / "policy_rewards.png")
+    plot_policy_rewards(out / "progress.csv", out / "policy_rewards.png")
     with atomic_file(out / "judgement.md") as temporary:
         temporary.write_text(comparison_table(result), "utf-8")
     write_result(out, result)

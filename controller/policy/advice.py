@@ -182,12 +182,12 @@ def advise_by_table(
             "judged_on": {
                 "prompts": comparison.prompts,
                 "images": comparison.images,
-                "of": comparison.where,
+                "of": comparison.prompt_set,
             },
         },
         "verdict": table_verdict(layer, undecided, len(table), comparison),
         "caveat": table_caveat(fixed, policy.insert_layers, policy.num_layers, comparison),
-        "pareto": None if curves is None else {"of": comparison.where, **curves},
+        "pareto": None if curves is None else {"of": comparison.prompt_set, **curves},
     }
 
 
@@ -228,7 +228,7 @@ def compare_with_fixed(
         always=bool((choices.columns[held_out] == column).all()),
         prompts=prompts,
         images=len(set(images)),
-        where="these prompts" if held_out.all() else f"the {prompts} held-out ones of these prompts",
+        prompt_set="these prompts" if held_out.all() else f"the {prompts} held-out ones of these prompts",
     )
 
 

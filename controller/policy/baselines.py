@@ -251,8 +251,8 @@ def verdict(
         )
     else:
         sentence = (
-            f"On held-out prompts the best fixed layer {best_fixed} is as good: the policy's reward cannot "
-            f"be told from its ({figures})"
+            f"On held-out prompts the best fixed layer {best_fixed} is as good: the policy's reward does not "
+            f"differ significantly from its reward ({figures})"
         )
     if gap <= NO_GAP:
         sentence += f"; not even an oracle would earn more than the fixed layer ({gap:+.4f} nats)"

@@ -102,14 +102,14 @@ class FixedLayerComparison:
         always: whether the policy chooses the fixed layer for every prompt.
         prompts: number of prompts.
         images: number of different images.
-        where: which prompts they are, for sentences.
+        prompt_set: describes the prompts in sentences.
     """
 
     advantage: Interval
     always: bool
     prompts: int
     images: int
-    where: str
+    prompt_set: str
 
     @property
     def wins(self) -> bool:

@@ -28,7 +28,7 @@ PARETO_LABELS = {
 REWARD_COLOURS = {"performance": "tab:blue", "bonus": "tab:orange", "total": "black"}
 
 
-def policy_rewards(log: str | Path, path: str | Path) -> Path:
+def plot_policy_rewards(log: str | Path, path: str | Path) -> Path:
     """Draw the policy's reward in training, in total and by part, over environment steps (paper, Figure 9).
 
     `log` is the `progress.csv` that train-policy writes, with the columns `time/total_timesteps`,

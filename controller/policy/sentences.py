@@ -22,7 +22,7 @@ def policy_sentence(policy: LayerPolicy, skip_weight: float) -> str:
     """
     best, advantage = policy.training.best_fixed, policy.training.advantage
     if advantage is None:
-        return "This policy was not judged on held-out prompts."
+        return "This policy was not compared with fixed layers on held-out prompts."
     at = "" if skip_weight == policy.skip_weight else f" at skip weight {policy.skip_weight:g}"
     if advantage.low > 0:
         return (
@@ -77,14 +77,14 @@ def table_verdict(
     rivals = [layer for layer in undecided if layer != insert_layer]
     certainty = "every other one earned less"
     if rivals:
-        certainty = f"the {prompts} prompts do not tell it from {name_layers(rivals)}"
+        certainty = f"the {prompts} prompts do not distinguish it from {name_layers(rivals)}"
     figures = format_advantage(comparison.advantage)
     if comparison.always:
-        policy = f"On {comparison.where} the policy chooses it for every prompt."
+        policy = f"On {comparison.prompt_set} the policy chooses it for every prompt."
     elif comparison.wins:
-        policy = f"On {comparison.where}, choosing a layer for each prompt earned more ({figures})."
+        policy = f"On {comparison.prompt_set}, choosing a layer for each prompt earned more ({figures})."
     else:
-        policy = f"On {comparison.where}, choosing a layer for each prompt did not beat it ({figures})."
+        policy = f"On {comparison.prompt_set}, choosing a layer for each prompt did not beat it ({figures})."
     return f"Insert layer {insert_layer} earned the most on average, and {certainty}. {policy}"
 
 
@@ -103,7 +103,7 @@ def table_caveat(
     doubt = fixed_layer_doubt(fixed, insert_layers, num_layers)
     doubts = [] if doubt is None else [doubt]
     if comparison.always:
-        doubts.append(f"choosing a layer for each prompt comes to the same as insert layer {layer} for all")
+        doubts.append(f"choosing a layer for each prompt gives the same as insert layer {layer} for all")
     elif not comparison.wins:
         doubts.append(
             f"choosing a layer for each prompt did not beat insert layer {layer} for all, so one fixed layer "
@@ -111,7 +111,7 @@ def table_caveat(
         )
     elif images < FEW_IMAGES <= fixed.images:
         doubts.append(
-            f"that choosing a layer for each prompt earns more rests on {images} images, which says little"
+            f"only {images} images show that choosing a layer for each prompt earns more, which says little"
         )
     return join_doubts(doubts)
 
@@ -126,7 +126,7 @@ def fixed_layer_doubt(fixed: FixedLayer, insert_layers: Sequence[int], num_layer
         return f"with only {fixed.images} images this says little about others"
     needed = "" if fixed.images_needed is None else f"; about {fixed.images_needed:,} images would"
     count = "1 image does" if fixed.images == 1 else f"{fixed.images} images do"
-    return f"{count} not tell insert layers {name_layers(layers)} apart{needed}"
+    return f"{count} not distinguish insert layers {name_layers(layers)}{needed}"
 
 
 def join_doubts(doubts: Sequence[str]) -> str | None:

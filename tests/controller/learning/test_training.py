@@ -1,4 +1,4 @@
-"""Training on tables whose best policy is known, the judgement, and the command on the embedded backbone."""
+"""Training on tables with a known best policy, the comparison with baselines, and the command."""
 
 import csv
 import functools
@@ -32,7 +32,7 @@ STEPS = 20_480
 
 
 def train_on_first(table, observations, **options):
-    """A policy trained on three quarters of the prompts, and its judgement on the rest."""
+    """Train a policy on three quarters of the prompts and compare it with baselines on the others."""
     train = np.arange(len(table)) < 0.75 * len(table)
     options = {"skip_weight": SKIP_WEIGHT, "steps": STEPS, **options}
     policy = train_policy(table.subset(train), observations[train], **options)
@@ -47,33 +47,33 @@ def clustered_training(seed):
 
 def test_policy_reaches_the_optimum_of_a_known_table():
     table, observations = constant_table()
-    policy, judgement = train_on_first(table, observations)
+    policy, comparison = train_on_first(table, observations)
     assert (policy.act(observations) == 5).all()
-    assert judgement["reward"]["policy"] == judgement["reward"]["oracle"]
-    assert judgement["mean_insert_layer"] == 5 and judgement["mean_depth"] == 5 / LAYERS
-    assert "for every held-out prompt" in judgement["verdict"]
+    assert comparison["reward"]["policy"] == comparison["reward"]["oracle"]
+    assert comparison["mean_insert_layer"] == 5 and comparison["mean_depth"] == 5 / LAYERS
+    assert "for every held-out prompt" in comparison["verdict"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_policy_beats_every_fixed_layer_where_the_best_differs_by_prompt(seed):
-    table, _, _, judgement = clustered_training(seed)
-    assert judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"][0] > 0
+    table, _, _, comparison = clustered_training(seed)
+    assert comparison["difference"]["policy_minus_best_fixed"]["confidence_interval"][0] > 0
     held_out = table.rewards(SKIP_WEIGHT)[600:]
-    assert judgement["reward"]["policy"]["reward"] > held_out.mean(axis=0).max()
-    assert judgement["share_of_gap"] > 0.9
-    assert "earns more than the best fixed layer" in judgement["verdict"]
+    assert comparison["reward"]["policy"]["reward"] > held_out.mean(axis=0).max()
+    assert comparison["share_of_gap"] > 0.9
+    assert "earns more than the best fixed layer" in comparison["verdict"]
 
 
 def test_without_structure_the_verdict_prefers_the_fixed_layer():
-    policy, judgement = train_on_first(*structureless_table())
-    low, high = judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"]
+    policy, comparison = train_on_first(*structureless_table())
+    low, high = comparison["difference"]["policy_minus_best_fixed"]["confidence_interval"]
     assert low <= 0 <= high and policy.training.best_fixed == 3
-    assert "for every held-out prompt" in judgement["verdict"] or "as good" in judgement["verdict"]
+    assert "for every held-out prompt" in comparison["verdict"] or "as good" in comparison["verdict"]
 
 
 @functools.cache
 def graded_training(algorithm):
-    """Default settings on a table like a real model's; the range and one λ of it that is judged."""
+    """Train a policy for a range of λ on a table like a real model's, and compare it at one λ."""
     table, observations = graded_table()
     train = np.arange(len(table)) < 0.75 * len(table)
     steps = {"ppo": 40_960, "a2c": 51_200, "dqn": 30_720, "full-info": 200_000}[algorithm]
@@ -98,28 +98,28 @@ def graded_training(algorithm):
     ("algorithm", "least"), [("full-info", 0.6), ("ppo", 0.6), ("a2c", 0.5), ("dqn", 0.5)]
 )
 def test_every_algorithm_closes_the_gap_where_layers_can_be_foretold(algorithm, least):
-    *_, policy, judgement = graded_training(algorithm)
-    assert judgement["share_of_gap"] > least
-    low, high = judgement["share_of_gap_interval"]
-    assert 0.15 < low < judgement["share_of_gap"] < high < 1
-    assert judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"][0] > 0
-    assert "earns more than the best fixed layer" in judgement["verdict"]
+    *_, policy, comparison = graded_training(algorithm)
+    assert comparison["share_of_gap"] > least
+    low, high = comparison["share_of_gap_interval"]
+    assert 0.15 < low < comparison["share_of_gap"] < high < 1
+    assert comparison["difference"]["policy_minus_best_fixed"]["confidence_interval"][0] > 0
+    assert "earns more than the best fixed layer" in comparison["verdict"]
     assert policy.algorithm == algorithm and (policy.skip_weights.low, policy.skip_weights.high) == (0, 1)
 
 
 @pytest.mark.parametrize("algorithm", ["full-info", "a2c", "dqn"])
 def test_no_algorithm_claims_a_gain_where_there_is_none(algorithm):
     steps = 100_000 if algorithm == "full-info" else STEPS
-    _, judgement = train_on_first(*structureless_table(), algorithm=algorithm, steps=steps)
-    low, high = judgement["difference"]["policy_minus_best_fixed"]["confidence_interval"]
+    _, comparison = train_on_first(*structureless_table(), algorithm=algorithm, steps=steps)
+    low, high = comparison["difference"]["policy_minus_best_fixed"]["confidence_interval"]
     assert low <= 0 <= high
-    assert "for every held-out prompt" in judgement["verdict"] or "as good" in judgement["verdict"]
+    assert "for every held-out prompt" in comparison["verdict"] or "as good" in comparison["verdict"]
 
 
-def test_action_values_become_probabilities_by_their_error():
+def test_action_values_divided_by_their_error_are_logits():
     table, observations, train, policy, _ = graded_training("dqn")
     likely = policy.probabilities(observations[~train], 0.5)
-    assert 0.15 < likely.max(axis=1).mean() < 0.99  # neither uniform nor certain of what it estimates
+    assert 0.15 < likely.max(axis=1).mean() < 0.99  # neither uniform nor certain
     rewards = table.rewards(0.5)[~train]
     sure = likely.max(axis=1) > np.median(likely.max(axis=1))
     regret = rewards.max(axis=1) - rewards[np.arange(len(rewards)), likely.argmax(axis=1)]
@@ -129,13 +129,13 @@ def test_action_values_become_probabilities_by_their_error():
 def test_one_policy_serves_every_skip_weight():
     """Quick version: at five λ the policy for the range is near one trained for each (slow: within 2 %)."""
     table, observations, train, policy, _ = graded_training("full-info")
-    found = study(table, observations, train, algorithm="full-info", steps=100_000)
-    assert [row["skip_weight"] for row in found["rows"]] == [0, 0.25, 0.5, 0.75, 1]
-    assert found["least"] > -0.04
-    for row in found["rows"]:
-        own = table.rewards(row["skip_weight"])[~train]
-        assert row["oracle"] == pytest.approx(own.max(axis=1).mean())
-        assert f"| {row['skip_weight']:g} | {row['range']:.4f} | {row['single']:.4f} |" in found["markdown"]
+    results = study(table, observations, train, algorithm="full-info", steps=100_000)
+    assert [row["skip_weight"] for row in results["rows"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert results["least"] > -0.04
+    for row in results["rows"]:
+        rewards = table.rewards(row["skip_weight"])[~train]
+        assert row["oracle"] == pytest.approx(rewards.max(axis=1).mean())
+        assert f"| {row['skip_weight']:g} | {row['range']:.4f} | {row['single']:.4f} |" in results["markdown"]
         low, high = row["interval"]
         assert low <= row["range"] - row["single"] <= high
     depths = [policy.act(observations[~train], weight).mean() for weight in (0, 0.25, 0.5, 0.75, 1)]
@@ -146,8 +146,8 @@ def test_one_policy_serves_every_skip_weight():
 @pytest.mark.parametrize("algorithm", ["ppo", "full-info"])
 def test_one_policy_is_within_two_per_cent_of_one_for_each_skip_weight(algorithm):
     table, observations = graded_table()
-    found = study(table, observations, np.arange(len(table)) < 1500, algorithm=algorithm)
-    assert found["least"] > -0.02, found["markdown"]
+    results = study(table, observations, np.arange(len(table)) < 1500, algorithm=algorithm)
+    assert results["least"] > -0.02, results["markdown"]
 
 
 def test_an_unknown_algorithm_and_a_skip_weight_outside_the_range_are_refused():
@@ -180,19 +180,19 @@ def test_sb3_alone_trains_on_the_environment_and_gives_a_policy(tiny_backbone):
     assert rewards[rows, columns].mean() > rewards.mean(axis=0).max()
 
 
-def test_judgement_agrees_with_the_table():
-    table, observations, policy, judgement = clustered_training(seed=0)
+def test_comparison_agrees_with_the_table():
+    table, observations, policy, comparison = clustered_training(seed=0)
     rewards, held_out = table.rewards(SKIP_WEIGHT), np.arange(len(table)) >= 600
     fixed = rewards[~held_out].mean(axis=0).argmax()
     layers = policy.act(observations[held_out])
-    reward = judgement["reward"]
+    reward = comparison["reward"]
     assert reward["policy"]["reward"] == pytest.approx(rewards[held_out, layers].mean())
     assert reward["best_fixed"]["insert_layer"] == fixed
     assert reward["best_fixed"]["reward"] == pytest.approx(rewards[held_out, fixed].mean())
     assert reward["layer_0"]["reward"] == pytest.approx(rewards[held_out, 0].mean())
     assert reward["uniform"]["reward"] == pytest.approx(rewards[held_out].mean())
     assert reward["oracle"]["reward"] == pytest.approx(rewards[held_out].max(axis=1).mean())
-    assert sum(judgement["histogram"].values()) == held_out.sum()
+    assert sum(comparison["histogram"].values()) == held_out.sum()
     for row in reward.values():
         low, high = row["confidence_interval"]
         assert low < row["reward"] < high
@@ -200,7 +200,7 @@ def test_judgement_agrees_with_the_table():
     assert reward["nearest_neighbours"]["reward"] > reward["best_fixed"]["reward"]
 
 
-def test_layer_0_is_absent_from_the_judgement_where_it_is_no_candidate():
+def test_layer_0_is_absent_from_the_comparison_where_it_is_no_candidate():
     table, observations = clustered_table(prompts=80)
     deeper = RewardTable.from_losses(table.losses[:, 1:], range(1, LAYERS), LAYERS)
     train = np.arange(80) < 60
@@ -211,7 +211,7 @@ def test_layer_0_is_absent_from_the_judgement_where_it_is_no_candidate():
 def test_same_seed_gives_the_same_policy_bit_for_bit(tmp_path):
     table, observations = clustered_table(prompts=200)
     for folder, seed, noise in [("a", 3, 1), ("b", 3, 2), ("c", 4, 1)]:
-        torch.manual_seed(noise)  # what happened before must not matter
+        torch.manual_seed(noise)  # the global random state must not matter
         np.random.seed(noise)
         train_policy(table, observations, steps=4096, seed=seed).save(tmp_path / folder)
     files = {folder: (tmp_path / folder / "policy.safetensors").read_bytes() for folder in "abc"}
@@ -308,7 +308,7 @@ def test_command_writes_what_the_contract_names(policy_run, tiny_backbone):
     assert policy.training.advantage is not None
 
 
-def test_command_judges_every_seed_and_saves_the_first(policy_run):
+def test_command_compares_every_seed_and_saves_the_first(policy_run):
     options, result = policy_run
     seeds = result["seeds"]
     assert [row["seed"] for row in seeds["each"]] == [0, 1, 2] and seeds["saved"] == 0
@@ -324,7 +324,9 @@ def test_command_judges_every_seed_and_saves_the_first(policy_run):
     assert result["verdict"] in table
 
 
-def test_command_takes_losses_from_a_table_and_observes_what_it_is_told(policy_run, rendered_data, tmp_path):
+def test_command_takes_losses_from_a_table_and_the_observation_from_its_options(
+    policy_run, rendered_data, tmp_path
+):
     options, _ = policy_run
     other = replace(
         options,
@@ -360,7 +362,7 @@ def test_command_continues_from_its_table_to_the_same_end(policy_run, monkeypatc
     assert (options.out / "policy.safetensors").read_bytes() == weights
 
 
-def test_command_refuses_data_that_leave_nothing_to_judge_by(tmp_path, rendered_data):
+def test_command_refuses_data_that_leave_nothing_to_hold_out(tmp_path, rendered_data):
     records = json.loads(rendered_data.read_text())
     one = next(record for record in records if record.get("image"))
     data = tmp_path / "one.json"

@@ -1,4 +1,4 @@
-"""Training that is killed by `kill -9` again and again, and ends in the same bits as one that is not."""
+"""Training that is killed by `kill -9` repeatedly ends in the same bits as an uninterrupted one."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ STATE_SECONDS = 0.02
 
 @functools.cache
 def server():
-    """Starts processes that have imported what training needs, but run nothing of torch yet."""
+    """Return a context whose processes have imported what training needs but have run no torch code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deepinsert.controller.learning.train_policy", "deepinsert.backbones"])
     return context
@@ -40,7 +40,7 @@ def start(function, *args, **kwargs):
 
 
 def kill_until_done(begin, seconds, most, rng):
-    """Start what `begin` starts, and kill it within `seconds`, until it finishes; after `most` kills it may.
+    """Start a process with `begin` and kill it within `seconds`, at most `most` times, until one finishes.
 
     Returns the number of kills.
     """
@@ -85,18 +85,18 @@ def same(first, second):
 
 
 def storm(algorithm, folder, most, rng):
-    """Kill a training up to `most` times; returns how often it was, before it finished with the same bits."""
+    """Kill a training up to `most` times, check its final bits, and return the number of kills."""
     table, observations = clustered_table(prompts=200)
     state = folder / "state.safetensors"
     options = dict(skip_weights=(0.0, 1.0), seed=5, state=state, state_seconds=STATE_SECONDS)
     options.update(algorithm=algorithm, steps=ALGORITHMS[algorithm])
-    begun = time.monotonic()
+    start_time = time.monotonic()
     whole = start(train_policy, table, observations, **{**options, "state": folder / "whole.safetensors"})
     whole.join()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start_time
     kills = kill_until_done(lambda: start(train_policy, table, observations, **options), seconds, most, rng)
     assert same(trained(algorithm, state).network, undisturbed(algorithm))
-    assert not list(folder.glob(".*.tmp"))  # what a kill left half written
+    assert not list(folder.glob(".*.tmp"))  # written in part before a kill
     return kills
 
 
@@ -117,18 +117,18 @@ def test_fifty_kills(tmp_path):
 
 
 class Stopped(Exception):
-    """Stands for the kill, where a test wants it at a certain place."""
+    """Replaces the kill in tests that need it at a certain place."""
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_training_goes_on_from_its_last_state(algorithm, tmp_path, monkeypatch):
-    path, left = tmp_path / "state.safetensors", [2]
+    path, saves_left = tmp_path / "state.safetensors", [2]
     save = StateFile.save
 
     def save_and_stop(self, content):
         save(self, content)
-        left[0] -= 1
-        if not left[0]:
+        saves_left[0] -= 1
+        if not saves_left[0]:
             raise Stopped
 
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_training_goes_on_from_its_last_state(algorithm, tmp_path, monkeypatch):
     assert same(trained(algorithm, path, log_folder=tmp_path).network, undisturbed(algorithm))
     trained(algorithm, None, log_folder=tmp_path / "whole")
     assert (tmp_path / "progress.csv").read_text() == (tmp_path / "whole" / "progress.csv").read_text()
-    # a finished training is not begun again
+    # a finished training does not start again
     monkeypatch.setattr(StateFile, "save", None)
     assert same(trained(algorithm, path).network, undisturbed(algorithm))
 
@@ -155,9 +155,9 @@ def test_state_holds_everything_bit_for_bit(tmp_path):
     file = StateFile(tmp_path / "state", {"seed": 1})
     assert file.load() is None
     file.save(content)
-    found = file.load()
-    assert repr(found) == repr(content)
-    assert found[3][0].dtype == np.uint8 and torch.equal(found[3][1], torch.tensor(0.1))
+    loaded = file.load()
+    assert repr(loaded) == repr(content)
+    assert loaded[3][0].dtype == np.uint8 and torch.equal(loaded[3][1], torch.tensor(0.1))
 
 
 def test_state_of_another_training_is_refused(tmp_path):
@@ -191,7 +191,7 @@ def test_damaged_state_is_refused(tmp_path, damage):
 
 @pytest.fixture(scope="module")
 def killed_options(tmp_path_factory, rendered_data):
-    """A command of little work; the reward table is shared, so that kills fall into training."""
+    """Options of a short command; the reward table is shared, so that kills happen in training."""
     return TrainPolicyOptions(
         out=tmp_path_factory.mktemp("run"),
         data=rendered_data,
@@ -210,9 +210,9 @@ def killed_options(tmp_path_factory, rendered_data):
 def test_killed_command_ends_in_the_same_files(algorithm, killed_options, tmp_path):
     steps = ALGORITHMS[algorithm]
     whole = replace(killed_options, algorithm=algorithm, steps=steps, out=tmp_path / "whole")
-    begun = time.monotonic()
+    start_time = time.monotonic()
     run(whole)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start_time
     killed = replace(whole, out=tmp_path / "killed")
     kill_until_done(lambda: start(run, killed), seconds, 2, random.Random(1))
     for name in ("policy.json", "policy.safetensors", "judgement.md", "progress.csv", "result.json"):

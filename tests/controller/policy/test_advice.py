@@ -124,7 +124,7 @@ def test_caveat_where_the_policy_always_chooses_the_fixed_layer(
     )
     losses = 0.5 + np.abs(np.array(LAYERS) - 1) + source_table.losses[:, :1]
     result = advise(always, rendered_prompts, table=of_losses(source_table, losses))
-    assert "comes to the same as insert layer 1 for all." in result["caveat"]
+    assert "gives the same as insert layer 1 for all." in result["caveat"]
     assert result["mean_insert_layer"] == 1 and "chooses it for every prompt" in result["verdict"]
 
 
@@ -134,7 +134,7 @@ def test_caveat_where_images_are_few(source_policy, rendered_prompts, source_tab
     some = [prompt for prompt, chosen in zip(rendered_prompts, rows, strict=True) if chosen]
     result = advise(source_policy, some, table=source_table.subset(rows))
     assert result["images"] == 6 and result["caveat"].startswith(
-        ("With only 6 images", "6 images do not tell")
+        ("With only 6 images", "6 images do not distinguish")
     )
     alone = advise(source_policy, some)
     assert alone["caveat"].startswith("With only 6 images the mean of the policy's layers says little")
@@ -145,8 +145,8 @@ def test_caveat_names_the_layers_that_are_not_distinguished(source_policy, rende
     losses = np.random.default_rng(1).gamma(2.0, 0.4, size=source_table.losses.shape)
     result = advise(source_policy, rendered_prompts, skip_weight=0.1, table=of_losses(source_table, losses))
     assert len(result["undecided"]) > 2
-    assert "24 images do not tell insert layers" in result["caveat"]
-    assert "prompts do not tell it from" in result["verdict"]
+    assert "24 images do not distinguish insert layers" in result["caveat"]
+    assert "prompts do not distinguish it from" in result["verdict"]
 
 
 def test_without_a_table_the_caveat_is_about_the_training_comparison(source_policy, rendered_prompts):
@@ -176,7 +176,7 @@ def test_the_policy_is_compared_on_held_out_prompts(source_policy, rendered_prom
         held_out=np.array([key in few for key in source_table.image_keys]),
     )
     assert few_held_out["caveat"] == (
-        "That choosing a layer for each prompt earns more rests on 5 images, which says little."
+        "Only 5 images show that choosing a layer for each prompt earns more, which says little."
     )
 
 
@@ -215,7 +215,7 @@ def test_nearest_candidate(mean, layer):
 
 
 def test_policy_sentence_names_the_comparison(source_policy):
-    assert "was not judged" in policy_sentence(source_policy, 1.0)
+    assert "was not compared" in policy_sentence(source_policy, 1.0)
     better = with_training(source_policy, Interval(0.02, 0.01, 0.03))
     assert "On held-out prompts, choosing a layer for each prompt earned more" in policy_sentence(better, 1.0)
     assert "On held-out prompts at skip weight 1, choosing" in policy_sentence(better, 0.5)

@@ -1,4 +1,4 @@
-"""The simple choices on data made for each of them, and the account a policy gives of itself."""
+"""Each baseline on data made for it, and the comparison of policies with baselines."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_ridge_finds_what_is_linear(observations):
     assert ridge_columns(observations, np.zeros((PROMPTS, 1)), observations[:3]).tolist() == [0, 0, 0]
 
 
-def test_ridge_falls_back_to_the_best_fixed_layer_where_nothing_is_to_be_seen(observations):
+def test_ridge_falls_back_to_the_best_fixed_layer_where_observations_are_noise(observations):
     rewards = np.random.default_rng(3).normal(size=(PROMPTS, LAYERS)) + np.array([0, 0, 1, 0, 0])
     assert (ridge_columns(observations[:200], rewards[:200], observations[200:]) == 2).mean() > 0.9
 
@@ -48,12 +48,12 @@ def test_the_gate_learns_the_deepest_layer_within_three_per_cent(observations):
     losses[:, 0] = 0.8
     chosen = gate_columns(observations[:200], losses[:200], observations[200:])
     assert (chosen == deepest[200:]).mean() > 0.85
-    # a layer that is good again behind a bad one counts, and one answer alone needs no classifier
+    # A good layer behind a bad one counts, and a single class needs no classifier.
     losses = np.array([[1.0, 2.0, 1.03, 1.04, 9.0]] * 4)
     assert gate_columns(observations[:4], losses, observations[:3]).tolist() == [2, 2, 2]
 
 
-def account(rewards, chosen, images=None, train=None):
+def compare(rewards, chosen, images=None, train=None):
     simple = baseline_columns(
         np.zeros((4, 1)), np.zeros((4, 3)), np.ones((4, 3)), np.zeros((len(rewards), 1))
     )
@@ -68,29 +68,29 @@ def test_shares_and_regrets_are_those_of_the_rewards():
     rewards = rng.normal(size=(200, 3)) + np.array([0.2, 0, 0])
     best, fixed = rewards.argmax(axis=1), np.zeros(200, dtype=np.int64)
     half = np.where(np.arange(200) % 2 == 0, best, 0)
-    found = account(rewards, {7: half, 8: best, 9: fixed}, images=[index // 4 for index in range(200)])
+    comparison = compare(rewards, {7: half, 8: best, 9: fixed}, images=[index // 4 for index in range(200)])
     gap = (rewards.max(axis=1) - rewards[:, 0]).mean()
     gained = (rewards[np.arange(200), half] - rewards[:, 0]).mean()
-    policy = found["reward"]["policy"]
-    assert policy["share_of_gap"] == found["share_of_gap"] == pytest.approx(gained / gap)
+    policy = comparison["reward"]["policy"]
+    assert policy["share_of_gap"] == comparison["share_of_gap"] == pytest.approx(gained / gap)
     assert policy["regret"] == pytest.approx(gap - gained)
     low, high = policy["share_of_gap_interval"]
     assert 0.3 < low < policy["share_of_gap"] < high < 0.7
-    assert [row["seed"] for row in found["seeds"]["each"]] == [7, 8, 9]
-    shares = [row["share_of_gap"] for row in found["seeds"]["each"]]
+    assert [row["seed"] for row in comparison["seeds"]["each"]] == [7, 8, 9]
+    shares = [row["share_of_gap"] for row in comparison["seeds"]["each"]]
     assert shares == pytest.approx([gained / gap, 1, 0])
-    assert found["seeds"]["pooled"]["share_of_gap"] == pytest.approx(np.mean(shares))
-    assert found["reward"]["oracle"]["regret_interval"] == [0, 0]
-    assert found["reward"]["best_fixed"]["insert_layer"] == 0
-    difference = found["difference"]["policy_minus_layer_0"]["reward"]
+    assert comparison["seeds"]["pooled"]["share_of_gap"] == pytest.approx(np.mean(shares))
+    assert comparison["reward"]["oracle"]["regret_interval"] == [0, 0]
+    assert comparison["reward"]["best_fixed"]["insert_layer"] == 0
+    difference = comparison["difference"]["policy_minus_layer_0"]["reward"]
     assert difference == pytest.approx(gained)
 
 
 def test_without_a_gap_there_is_no_share_and_the_verdict_says_so():
     rewards = np.tile([0.0, 1.0, 0.5], (60, 1)) + np.random.default_rng(0).normal(size=(60, 1))
-    found = account(rewards, {0: np.full(60, 1)})
-    assert found["share_of_gap"] is None and found["share_of_gap_interval"] is None
-    assert "for every held-out prompt" in found["verdict"]
-    assert "not even an oracle would earn more than the fixed layer" in found["verdict"]
-    worse = account(rewards, {0: np.zeros(60, dtype=np.int64)})
+    comparison = compare(rewards, {0: np.full(60, 1)})
+    assert comparison["share_of_gap"] is None and comparison["share_of_gap_interval"] is None
+    assert "for every held-out prompt" in comparison["verdict"]
+    assert "not even an oracle would earn more than the fixed layer" in comparison["verdict"]
+    worse = compare(rewards, {0: np.zeros(60, dtype=np.int64)})
     assert "use the fixed layer" in worse["verdict"] and worse["share_of_gap"] is None

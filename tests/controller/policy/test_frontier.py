@@ -1,4 +1,4 @@
-"""What a policy trades at each skip weight, and whether a wish is met on prompts that it has not seen."""
+"""A policy's frontier, and whether budgets are met on prompts outside its training."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from deepinsert.envs.skip_weights import SkipWeights
 
 @pytest.fixture(scope="module")
 def unseen(make_graded_table):
-    """Prompts that neither training nor the frontier has met."""
+    """Table and observations of prompts outside training and frontier."""
     return make_graded_table(2)
 
 
@@ -72,7 +72,7 @@ def test_a_tolerated_loss_is_kept_on_unseen_prompts(graded_policy, unseen, toler
     assert weight == max(point.skip_weight for point in points if point.loss_increase <= tolerated)
 
 
-def test_without_a_wish_the_policys_own_skip_weight_is_asked(graded_policy):
+def test_without_a_wish_the_policys_own_skip_weight_is_used(graded_policy):
     assert graded_policy.resolve_skip_weight() == graded_policy.skip_weight == 1.0
     assert graded_policy.resolve_skip_weight(0.25) == 0.25
 
@@ -87,7 +87,7 @@ def with_points(policy, *points, **changes):
 
 
 @pytest.mark.parametrize(
-    ("wish", "value", "said"),
+    ("wish", "value", "message"),
     [
         ("skip_weight", 1.5, r"skip_weight 1\.5 is outside 0 to 1"),
         ("skip_weight", float("nan"), "outside 0 to 1"),
@@ -104,9 +104,9 @@ def with_points(policy, *points, **changes):
         ("max_loss_increase", float("inf"), "at least 0"),
     ],
 )
-def test_a_wish_that_cannot_be_met_names_what_can(graded_policy, wish, value, said):
+def test_a_wish_that_cannot_be_met_names_what_can(graded_policy, wish, value, message):
     policy = with_points(graded_policy, point(0.0, 0.01, 0.9), point(0.5, 0.05, 0.6), point(1.0, 0.1, 0.4))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         policy.resolve_skip_weight(**{wish: value})
 
 
@@ -150,7 +150,7 @@ def test_survives_saving(graded_policy, tmp_path):
 def test_a_table_without_flops_or_layer_0_leaves_them_out(graded_policy, unseen):
     table, observations = unseen
     blind = RewardTable.from_losses(table.losses, range(8), 8)
-    assert {found.flops_ratio for found in graded_policy.measure_frontier(blind, observations)} == {None}
+    assert {point.flops_ratio for point in graded_policy.measure_frontier(blind, observations)} == {None}
     assert graded_policy.pareto_curves(blind, observations) is None
     deeper = RewardTable.from_losses(table.losses[:, 1:], range(1, 8), 8)
     with pytest.raises(
@@ -169,8 +169,8 @@ def test_pareto_holds_policy_fixed_layers_and_oracle(graded_policy, unseen):
         assert item["loss"] == pytest.approx(table.losses[:, column].mean())
         assert item["flops_ratio"] == pytest.approx(table.flops_ratio[:, column].mean())
         assert item["accuracy"] == pytest.approx((table.losses[:, column] < 1.0).mean())
-    wanted = graded_policy.measure_frontier(table, observations)
-    for item, expected in zip(curves["policy"], wanted, strict=True):
+    frontier = graded_policy.measure_frontier(table, observations)
+    for item, expected in zip(curves["policy"], frontier, strict=True):
         assert {name: item[name] for name in dataclasses.asdict(expected)} == dataclasses.asdict(expected)
     for item in curves["oracle"]:
         best = table.rewards(item["skip_weight"]).max(axis=1).mean()

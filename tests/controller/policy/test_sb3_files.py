@@ -80,20 +80,20 @@ def from_sb3(model, data, backbone, **arguments):
 def test_chooses_as_the_model_does(source, name, kwargs, data, tiny_backbone, tmp_path):
     model = make(data, name, **kwargs)
     model.save(tmp_path / "model.zip")
-    given = model if source == "model" else tmp_path / "model.zip"
-    policy = from_sb3(given, data, tiny_backbone, temperature=0.5)
+    source_model = model if source == "model" else tmp_path / "model.zip"
+    policy = from_sb3(source_model, data, tiny_backbone, temperature=0.5)
     many = np.random.default_rng(1).normal(3.0, 4.0, size=(300, WIDTH))
-    seen = torch.from_numpy(policy.normaliser(many))
-    wanted = model.predict(seen.numpy(), deterministic=True)[0]
-    assert policy.columns(many).tolist() == wanted.tolist() and len(set(wanted)) > 1
+    observations = torch.from_numpy(policy.normaliser(many))
+    expected = model.predict(observations.numpy(), deterministic=True)[0]
+    assert policy.columns(many).tolist() == expected.tolist() and len(set(expected)) > 1
     with torch.no_grad():
         if name == "dqn":
-            probabilities = torch.softmax(model.policy.q_net(seen) / 0.5, dim=1)
+            probabilities = torch.softmax(model.policy.q_net(observations) / 0.5, dim=1)
         else:
-            probabilities = model.policy.get_distribution(seen).distribution.probs
+            probabilities = model.policy.get_distribution(observations).distribution.probs
     np.testing.assert_allclose(policy.probabilities(many), probabilities, atol=2e-6, rtol=0)
     policy.save(tmp_path)
-    assert (LayerPolicy.load(tmp_path).columns(many) == wanted).all()
+    assert (LayerPolicy.load(tmp_path).columns(many) == expected).all()
 
 
 def test_a_policy_over_a_range_can_be_asked_for_a_budget(data, tiny_backbone):
@@ -104,8 +104,8 @@ def test_a_policy_over_a_range_can_be_asked_for_a_budget(data, tiny_backbone):
     assert policy.training.prompts == 40 and len(policy.training.frontier) == 13
     weights = np.linspace(0.1, 1.0, 40)
     inputs = np.concatenate([normaliser(observations), policy.skip_weights.features_of(weights)], axis=1)
-    wanted = model.predict(inputs, deterministic=True)[0]
-    assert (policy.columns(observations, weights) == wanted).all()
+    expected = model.predict(inputs, deterministic=True)[0]
+    assert (policy.columns(observations, weights) == expected).all()
     assert policy.resolve_skip_weight(flops_ratio=1.0) == 0.1
     with pytest.raises(ValueError, match=r"takes 6 numbers to 3 actions.*22 and 3"):
         from_sb3(make(data), data, tiny_backbone, skip_weights=(0.1, 1.0))
@@ -124,14 +124,14 @@ def test_another_network_than_an_mlp_is_refused(data, tiny_backbone, tmp_path):
 
     model = make(data, features_extractor_class=Own)
     model.save(tmp_path / "model.zip")
-    for given in (model, tmp_path / "model.zip"):
+    for source_model in (model, tmp_path / "model.zip"):
         with pytest.raises(ValueError, match=r"Own|features.extractor"):
-            from_sb3(given, data, tiny_backbone)
+            from_sb3(source_model, data, tiny_backbone)
     model = make(data, activation_fn=torch.nn.ELU)
     model.save(tmp_path / "model.zip")
-    for given in (model, tmp_path / "model.zip"):
+    for source_model in (model, tmp_path / "model.zip"):
         with pytest.raises(ValueError, match=r"ELU.*ReLU"):
-            from_sb3(given, data, tiny_backbone)
+            from_sb3(source_model, data, tiny_backbone)
 
 
 class Payload:
@@ -182,8 +182,8 @@ def with_payload_in_data(saved, tmp_path, entry):
 
 def test_every_serialised_entry_is_tried(saved):
     content = json.loads(member(saved, "data"))
-    found = {name for name, value in content.items() if isinstance(value, dict) and ":serialized:" in value}
-    assert found <= set(SERIALISED)
+    names = {name for name, value in content.items() if isinstance(value, dict) and ":serialized:" in value}
+    assert names <= set(SERIALISED)
 
 
 @pytest.mark.parametrize("entry", SERIALISED)
