@@ -1,1 +1,1 @@
-"""How the embedded tiny backbone is made from nothing."""
+"""The training of the embedded tiny backbone, from random weights to its model card."""

@@ -1,12 +1,13 @@
 """The tiny backbone before training: a stock LLaVA of a few million weights, its tokenizer and processor.
 
-Everything is the published classes of `transformers`, so the result is loaded, saved and used like any
-checkpoint of the hub; only the sizes differ from LLaVA-1.5.
+All classes are those of `transformers`, so the result is loaded, saved and used like any checkpoint of the
+hub; only the sizes differ from LLaVA-1.5.
 """
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,11 +25,12 @@ from deepinsert.envs.data.rendered_text import text_question
 from deepinsert.envs.data.rendering import SIZE, SOURCES, draw_scene, questions
 
 PATCH = 8
+"""Side of a patch in pixels."""
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 IMAGE, PAD, END = "<image>", "<pad>", "</s>"
 
-# LLaVA-1.5's form: "USER: <image>\nquestion ASSISTANT: answer</s>". Images first, then the text, as in its
-# template; `generation` marks the assistant's tokens for trainers that mask everything else.
+# LLaVA-1.5's form: "USER: <image>\nquestion ASSISTANT: answer</s>". As in its template, images come before
+# the text; `generation` marks the assistant's tokens for trainers that mask everything else.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -55,7 +57,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 
-# Common words beside the rendered questions, so that the tokenizer is not wholly foreign to other questions.
+# Common words beside the rendered questions, so that the tokenizer encodes other questions in few tokens too.
 GENERAL_TEXT = """
 USER: ASSISTANT: SYSTEM: Answer the question using a single word or phrase. Answer with the option's letter.
 the a an this that these those it its he she they we you I and or not no yes but if then than as of in on at
@@ -78,16 +80,16 @@ walk walking run running play playing eat eating drink make made use used go goi
 
 
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on rendered questions and common words; any text encodes and decodes exactly.
+    """Train a byte-level BPE on rendered questions and common words; any text encodes and decodes exactly.
 
-    A word that the questions use is one token, so that an answer is one to eight tokens long.
+    Each word of the questions is one token, so an answer has one to eight tokens.
     """
     rng = random.Random(seed)
     lines = [GENERAL_TEXT] * 3
     for number in range(1500):
         scene = draw_scene(SOURCES[number % len(SOURCES)], rng, "train")
-        asked = [(q.text, q.answer) for q in questions(scene, rng)] + [text_question(rng)[1:]]
-        lines += [f"USER: {text} ASSISTANT: {answer}\n{text}" for text, answer in asked]
+        pairs = [(item.text, item.answer) for item in questions(scene, rng)] + [text_question(rng)[1:]]
+        lines += [f"USER: {text} ASSISTANT: {answer}\n{text}" for text, answer in pairs]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,7 +100,8 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerFast = tokenizer_class(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
@@ -108,17 +111,19 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+    return wrapped
 
 
 def build_processor(seed: int = 0) -> LlavaProcessor:
-    """Tokenizer, image processor (64 x 64 pixels in [-1, 1]) and chat template."""
+    """Build the processor: tokenizer, image processor (64 x 64 pixels in [-1, 1]) and chat template."""
     image_processor = pil_image_processor("clip", "CLIP")(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return LlavaProcessor(
+    processor_class: Any = LlavaProcessor
+    processor: LlavaProcessor = processor_class(
         image_processor=image_processor,
         tokenizer=build_tokenizer(seed),
         patch_size=PATCH,
@@ -126,10 +131,14 @@ def build_processor(seed: int = 0) -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
+    return processor
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Random float32 weights: a CLIP tower of 3 layers, a projector, a Llama of 8 layers; width 128."""
+    """Build a CLIP tower of 3 layers, a projector and a Llama of 8 layers, with random float32 weights.
+
+    Widths are 128 everywhere.
+    """
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=128,

@@ -1,4 +1,4 @@
-"""The backbone that ships: stock classes, whole, small, and it sees."""
+"""The tiny backbone is a complete, small stock model, and it uses its images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from deepinsert.backbones.loading import TINY
-from deepinsert.controller.tiny.figures import TEXT_KINDS, judge
+from deepinsert.controller.tiny.figures import TEXT_KINDS, measure_kinds
 from deepinsert.envs.data.rendering import COLOURS, SHAPES, WORDS, draw_scene, questions, render
 
 FIGURES = json.loads((TINY / "figures.json").read_text())
@@ -19,15 +19,15 @@ IMAGES = 120
 
 
 @pytest.fixture(scope="module")
-def judged(tiny_backbone):
-    """Accuracy by kind: with the image, and with a grey one in its place."""
+def accuracies(tiny_backbone):
+    """Return the accuracy by kind with the image, at layers 0, 2 and 7, and with a grey image, at layer 0."""
     model, tokenizer = tiny_backbone.model, tiny_backbone.tokenizer
-    seen = judge(model, tokenizer, IMAGES, [0, 2, 7], seed=7)["accuracy"]
-    blank = judge(model, tokenizer, IMAGES, [0], seed=7, blank=True)["accuracy"]
-    return seen, blank
+    with_image = measure_kinds(model, tokenizer, IMAGES, [0, 2, 7], seed=7)["accuracy"]
+    blank = measure_kinds(model, tokenizer, IMAGES, [0], seed=7, blank=True)["accuracy"]
+    return with_image, blank
 
 
-def test_the_weights_are_stock_and_whole():
+def test_the_weights_are_stock_and_complete():
     model, report = AutoModelForMultimodalLM.from_pretrained(TINY, output_loading_info=True)
     assert type(model) is LlavaForConditionalGeneration
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -35,28 +35,28 @@ def test_the_weights_are_stock_and_whole():
     assert (TINY / "model.safetensors").stat().st_size <= 16 * 2**20
 
 
-def test_it_reaches_the_figures_of_its_card(judged):
-    seen, blank = judged
-    for kind, (accuracy, *_) in seen.items():
+def test_it_reaches_the_figures_of_its_card(accuracies):
+    with_image, blank = accuracies
+    for kind, (accuracy, *_) in with_image.items():
         assert accuracy >= FIGURES["accuracy"][kind][0] - 0.08, kind
-    sure = [kind for kind in blank if kind not in TEXT_KINDS and seen[kind][0] >= 0.9]
-    assert len(sure) >= 4
-    assert all(seen[kind][0] - blank[kind][0] >= 0.3 for kind in sure)
+    reliable = [kind for kind in blank if kind not in TEXT_KINDS and with_image[kind][0] >= 0.9]
+    assert len(reliable) >= 4
+    assert all(with_image[kind][0] - blank[kind][0] >= 0.3 for kind in reliable)
 
 
-def test_kinds_differ_in_the_layer_they_bear(judged):
+def test_kinds_lose_accuracy_at_different_layers(accuracies):
     """Early insertion costs little; the last layer costs some kinds much and others little."""
-    seen, _ = judged
-    visual = [kind for kind in seen if kind not in TEXT_KINDS]
-    assert all(seen[kind][1] >= seen[kind][0] - 0.1 for kind in visual)
-    lost = [seen[kind][0] - seen[kind][2] for kind in visual]
-    assert max(lost) >= min(lost) + 0.2
+    accuracy, _ = accuracies
+    visual_kinds = [kind for kind in accuracy if kind not in TEXT_KINDS]
+    assert all(accuracy[kind][1] >= accuracy[kind][0] - 0.1 for kind in visual_kinds)
+    drops = [accuracy[kind][0] - accuracy[kind][2] for kind in visual_kinds]
+    assert max(drops) >= min(drops) + 0.2
 
 
-def test_generation_gives_the_answers_that_were_judged(tiny_backbone):
-    """Through the processor, the chat template and `generate`, as a user calls it."""
+def test_generation_gives_the_correct_answers(tiny_backbone):
+    """The answers come through the processor, the chat template and `generate`, as a user calls them."""
     rng = random.Random(5)
-    right = []
+    is_correct = []
     for source in ("coco", "textvqa"):
         for _ in range(6):
             scene = draw_scene(source, rng, "held_out")
@@ -70,8 +70,8 @@ def test_generation_gives_the_answers_that_were_judged(tiny_backbone):
             answer = tiny_backbone.tokenizer.decode(
                 output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            right.append(answer.strip() == question.answer)
-    assert sum(right) >= 10
+            is_correct.append(answer.strip() == question.answer)
+    assert sum(is_correct) >= 10
 
 
 def test_any_text_encodes_and_answers_are_short():
