@@ -257,7 +257,14 @@ def measure_cell(
 
 
 def eq5_ratio(config: Any, num_layers: int, batch: Batch, setting: Setting) -> float:
-    """Return the FLOPs at a setting by the paper's eq. (5), as a share of those at insert layer 0."""
+    """Return the FLOPs at a setting by the paper's eq. (5), as a share of those at insert layer 0.
+
+    Args:
+        config: the configuration of the text model.
+        num_layers: N, the number of decoder layers.
+        batch: the batch, whose numbers of tokens count.
+        setting: the insert layers.
+    """
 
     def flops(layer: int) -> float:
         width = config.hidden_size

@@ -21,12 +21,17 @@ class Cell:
     """One measurement: `rows` x (`text` + `multimodal`) tokens at each of `depths`, and at stock."""
 
     case: str
+    """One of the cases of `deepinsert bench`, such as "prefill"."""
     model: str
+    """Name of a built-in or published model, or the user's backbone."""
     rows: int
     text: int
+    """Text tokens per row; of a ragged batch, those of its longest row."""
     multimodal: int
+    """Multimodal tokens per row that has images."""
     depths: tuple[Depth, ...]
     repeats: int
+    """Rounds to measure."""
     attention: str = ""
     """Attention kernel; empty for the model's own."""
 

@@ -39,8 +39,8 @@ class Device:
         """Return the peak FLOP/s in `dtype`. Raises `ValueError` if the device has no figure for it."""
         name = str(dtype).removeprefix("torch.")
         if name not in self.peak_flops:
-            known = ", ".join(self.peak_flops)
-            raise ValueError(f"{self.name} has no figure for {name}: choose the dtype among {known}")
+            precisions = ", ".join(self.peak_flops)
+            raise ValueError(f"{self.name} has no figure for {name}: choose the dtype among {precisions}")
         return self.peak_flops[name]
 
 

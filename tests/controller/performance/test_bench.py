@@ -261,7 +261,7 @@ def test_published_configurations_have_the_published_number_of_weights(name):
     assert model.dtype == torch.bfloat16 and {weight.device.type for weight in model.parameters()} == {"meta"}
     layers = {"llava-1.5-13b": 40, "qwen2.5-vl-7b": 28}
     assert len(find_stack(model).layers) == layers.get(name, 32)
-    images = {"llava-next-7b": 576 + 48 * 49}  # the whole image, and 2 x 2 tiles with a newline a row
+    images = {"llava-next-7b": 576 + 48 * 49}  # the whole image, and 2 x 2 tiles with a newline per row
     assert tokens_per_image(model) == images.get(name, 576)
 
 
