@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deepinsert.backbones import load_backbone
 from deepinsert.controller.learning.train_policy import (
-    judge_policies,
+    compare_policies,
     reward_table,
     split_prompts,
     train_seeds,
@@ -25,13 +25,8 @@ from deepinsert.controller.learning.train_policy import (
 from deepinsert.controller.option_checks import check, parse_observation
 from deepinsert.controller.options import TrainPolicyOptions
 from deepinsert.controller.policy.baselines import FEW_IMAGES
-from deepinsert.controller.runs.folder import (
-    read_result,
-    replacing,
-    start_run,
-    write_json,
-    write_result,
-)
+from deepinsert.controller.runs.atomic_files import atomic_file, write_json
+from deepinsert.controller.runs.folder import read_result, start_run, write_result
 from deepinsert.controller.statistics import paired_interval
 from deepinsert.envs.observations import Observation
 
@@ -89,7 +84,7 @@ def run(options: ObservationAblationOptions) -> dict[str, Any]:
         "observations": compared(judged, rewards, images),
         **{name: judged[0]["reward"][name] for name in SHARED},
     }
-    with replacing(out / "ablation.md") as temporary:
+    with atomic_file(out / "ablation.md") as temporary:
         temporary.write_text(table_of(result), "utf-8")
     write_result(out, result)
     print(table_of(result))
@@ -123,7 +118,7 @@ def observed(
         values = observation(backbone, prompts, options.batch_size)
         own = replace(options, out=Path(options.out) / "policies" / name)
         policies = train_seeds(own, backbone, table.subset(train), values[train], observation)
-        judgement = judge_policies(policies, table, values, train)
+        judgement = compare_policies(policies, table, values, train)
         columns = [policy.columns(values[~train]) for policy in policies.values()]
         write_json(
             path,
