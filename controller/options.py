@@ -1,7 +1,7 @@
-"""Options of every command, as plain dataclasses.
+"""The options of every command, as plain dataclasses; `--help` shows the docstrings of classes and fields.
 
-This module imports neither torch nor transformers, so that `deepinsert --help` answers at once.
-The same word means the same thing in every command.
+This module imports neither torch nor transformers, so that `--help` answers in under a second. The same
+word is the same option in every command.
 """
 
 from __future__ import annotations
@@ -13,326 +13,353 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class RunOptions:
+    """The options that all commands share."""
+
     out: Path
-    """Run folder; the same command again continues what it finds there."""
+    """Run folder. The same command continues an interrupted run in it."""
     seed: int = 0
     """Seed of every random choice."""
 
 
 @dataclass(kw_only=True)
 class BackboneOptions:
+    """The options of commands that run a backbone."""
+
     backbone: str = "tiny"
     """Folder, hub id, or "tiny" for the model that comes with the package."""
     device: str = "auto"
-    """"auto" takes a GPU where there is one; else a torch device such as cpu or cuda:1."""
+    """Torch device such as cpu or cuda:1. "auto" uses a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights, but for those that finetune trains; "auto" is float32 on a CPU, on a GPU the
-    checkpoint's own and in finetune bfloat16."""
+    """Precision of the weights, except those that finetune trains. "auto" is float32 on a CPU; on a GPU it is
+    the checkpoint's precision, and bfloat16 in finetune."""
     batch_size: int = 32
     """Prompts per forward."""
 
 
 @dataclass(kw_only=True)
 class DataOptions:
+    """The options of commands that read instruction data."""
+
     data: Path
     """Instructions in LLaVA's JSON (such as llava_v1_5_mix665k.json)."""
     image_root: Path | None = None
-    """Folder that image paths are relative to; by default the folder of the data file."""
+    """Folder that image paths are relative to. By default it is the folder of the data file."""
     sources: str = ""
-    """Sources to keep, by the first part of the image path: coco,textvqa,gqa ("text" has no image)."""
+    """Sources to keep, such as coco,textvqa,gqa. A source is the first part of the image path; records
+    without image have the source "text"."""
     fraction: float = 1.0
-    """Share of the records to keep, drawn with the seed image by image, with all that is asked about each."""
+    """Share of the records to keep. The seed draws images, each with all its questions."""
     max_bad: str = "0.5%"
-    """Share of records that may have a missing or broken image before the command stops."""
+    """Largest share of records with a missing or broken image. The command stops above it."""
 
 
 @dataclass(kw_only=True)
 class SweepOptions(RunOptions, BackboneOptions, DataOptions):
-    """Loss and accuracy at every insert layer, without training (paper, Appendix C)."""
+    """Measure loss and accuracy of the untouched model at every insert layer (paper, Appendix C)."""
 
     insert_layers: str = "all"
-    """Candidate layers: all, 0-7 or 0,4,8."""
+    """Candidate insert layers: all, 0-7 or 0,4,8."""
     accuracy: bool = True
     """Also compare each greedy answer with the reference."""
     agreement: bool = False
-    """Also say how often the most probable first token is that of layer 0, which is then computed too."""
+    """Also report how often the most probable first token is that of layer 0, and compute layer 0 for it."""
     batch_tokens: int = 8192
-    """Tokens per forward when losses are computed; bounds the memory."""
+    """Tokens per forward when losses are computed. It bounds the memory."""
     table: Path | None = None
-    """Folder of the reward table, which sweeps of one backbone may share; by default OUT/table."""
+    """Folder of the reward table. Sweeps of one backbone may share it. By default it is OUT/table."""
     shard: str = ""
-    """Compute part i of n alone, as 0/4; by default what torchrun or accelerate launch assigns, or all."""
+    """Compute only part i of n, written i/n, such as 0/4. By default, torchrun or accelerate launch assigns
+    the parts, and a single process computes all."""
     shard_prompts: int = 1024
-    """Prompts of one file of the table; what a killed run has to compute again."""
+    """Prompts per file of the table. A killed run computes the prompts of an unfinished file again."""
 
 
 @dataclass(kw_only=True)
 class TrainPolicyOptions(RunOptions, BackboneOptions, DataOptions):
-    """Learn which layer each prompt's multimodal tokens should enter at, and judge what was learned."""
+    """Learn an insert layer per prompt, and compare the policy with baselines on held-out images."""
 
     algorithm: Literal["ppo", "a2c", "dqn", "full-info"] = "ppo"
-    """PPO (paper), A2C or DQN of stable-baselines3, or the exact policy gradient over the reward table."""
+    """PPO (paper), A2C or DQN of stable-baselines3, or full-info: the exact policy gradient over the reward
+    table."""
     insert_layers: str = "all"
-    """Candidate layers: all, 0-7 or 0,4,8."""
+    """Candidate insert layers: all, 0-7 or 0,4,8."""
     skip_weight: float = 0.5
-    """Weight λ of the skip bonus, where nothing else is asked for: reward = -loss (nats) + λ * bonus."""
+    """Default weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
     skip_weight_range: str = "auto"
-    """Weights to be asked for later: "0-2"; "auto" is 0 to twice --skip-weight, "none" that one alone."""
+    """Range of weights that the policy covers, such as "0-2". "auto" is 0 to twice --skip-weight; "none" is
+    --skip-weight alone."""
     bonus: Literal["depth", "flops", "time"] = "depth"
-    """Skip bonus: depth L/N (paper), the share of prefill FLOPs saved, or of measured prefill time."""
+    """Skip bonus: depth L/N (paper), the saved share of prefill FLOPs, or the saved share of prefill time."""
     observation: str = "embeddings"
-    """What to see of a prompt's text: embeddings (paper), or hidden:K, its state after K layers."""
+    """Observation of a prompt's text: embeddings (paper), or hidden:K, the hidden states after K layers."""
     observe_image: bool = False
-    """Also see the mean of the projected image features."""
+    """Also observe the mean of the projected image features."""
     held_out: float = 0.25
-    """Share of images kept for judging the policy."""
+    """Share of images that are held out to evaluate the policy."""
     seeds: int = 5
-    """Policies to train and judge, from --seed on; the first of them is saved."""
+    """Number of policies to train and evaluate, with seeds from --seed on. The first one is saved."""
     steps: int | None = None
-    """Episodes of each training, one prompt each; by default as many as the algorithm needs."""
+    """Episodes of each training, with one prompt per episode. The default depends on the algorithm."""
     table: Path | None = None
-    """Folder of a sweep's reward table: what it knows is taken over, what is computed added; by default
-    OUT/table."""
+    """Folder of a sweep's reward table. Its losses are used, and missing ones are added to it. By default it
+    is OUT/table."""
     batch_tokens: int = 8192
-    """Tokens per forward when losses are computed; bounds the memory."""
+    """Tokens per forward when losses are computed. It bounds the memory."""
 
 
 @dataclass(kw_only=True)
 class RecommendOptions(RunOptions, BackboneOptions):
-    """Ask a trained policy for an insert layer, for one prompt or for a data set."""
+    """Recommend an insert layer for one prompt or for a data set, with a trained policy."""
 
     policy: Path
     """Run folder of train-policy."""
     skip_weight: float | None = None
-    """Weight λ to ask at, within the range the policy was trained for; by default its own."""
+    """Skip weight λ, within the range of the policy. By default it is the policy's --skip-weight."""
     flops_ratio: float | None = None
-    """Or: a budget, mean prefill FLOPs against insert layer 0, such as 0.75."""
+    """Instead of a skip weight: a budget of mean prefill FLOPs relative to insert layer 0, such as 0.75."""
     max_loss_increase: float | None = None
-    """Or: nats of mean loss above insert layer 0's that are tolerated, such as 0.02."""
+    """Instead of a skip weight: the tolerated mean loss above that of insert layer 0 in nats, such as
+    0.02."""
     table: Path | None = None
-    """Reward table of the data (OUT/table of sweep); by default the policy's, where it holds the prompts."""
+    """Reward table of the data (OUT/table of sweep). By default it is the policy's table, if that holds the
+    prompts."""
     prompt: str | None = None
     """One question to recommend a layer for."""
     image: Path | None = None
-    """Its image."""
+    """Image of the question."""
     data: Path | None = None
-    """Or: a data set in LLaVA's JSON."""
+    """Instead of a question: a data set in LLaVA's JSON."""
     image_root: Path | None = None
-    """Folder that image paths are relative to; by default the folder of the data file."""
+    """Folder that image paths are relative to. By default it is the folder of the data file."""
     sources: str = ""
-    """Sources to keep, by the first part of the image path."""
+    """Sources to keep, such as coco,textvqa,gqa. A source is the first part of the image path."""
     fraction: float = 1.0
-    """Share of the records to keep, drawn with the seed image by image, with all that is asked about each."""
+    """Share of the records to keep. The seed draws images, each with all its questions."""
     max_bad: str = "0.5%"
-    """Share of records that may have a missing or broken image before the command stops."""
+    """Largest share of records with a missing or broken image. The command stops above it."""
 
 
 @dataclass(kw_only=True)
 class FinetuneOptions(RunOptions, BackboneOptions, DataOptions):
-    """Finetune a variant whose multimodal tokens enter at a fixed layer."""
+    """Finetune a variant of the backbone at a fixed insert layer."""
 
     insert_layer: int | Literal["random"] = 0
-    """Insert layer of the variant; 0 finetunes the baseline, "random" one model for all layers, each row at
-    a layer drawn anew in each epoch."""
+    """Insert layer of the variant. 0 finetunes the baseline. "random" finetunes one model for all layers:
+    each row draws a layer, again in each epoch."""
     method: Literal["lora", "qlora", "full", "projector"] = "lora"
-    """LoRA on the text model's linear layers, LoRA beside weights of 4 bits, every weight but the encoder's,
-    or the projector alone (LLaVA's first stage; the second is finetune with --backbone OUT/checkpoint)."""
+    """lora: LoRA on the text model's linear layers. qlora: LoRA beside base weights of 4 bits. full: all
+    weights except the encoder's. projector: the projector alone (LLaVA's first stage; for the second,
+    finetune again with --backbone OUT/checkpoint)."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None
-    """Optimiser steps; by default as many as the epochs take."""
+    """Optimiser steps. By default the epochs determine them."""
     global_batch_size: int | None = None
-    """Prompts per optimiser step, over all processes; by default LLaVA-1.5's 128, for the projector 256."""
+    """Prompts per optimiser step, over all processes. By default it is LLaVA-1.5's 128, or 256 for
+    projector."""
     gradient_accumulation: int | None = None
-    """Or: batches per optimiser step of each process."""
+    """Instead of --global-batch-size: batches of each process per optimiser step."""
     learning_rate: float | None = None
-    """By default LLaVA-1.5's: 2e-4 for LoRA, 2e-5 for full, 1e-3 for the projector alone."""
+    """Peak learning rate. By default it is LLaVA-1.5's: 2e-4 for LoRA, 2e-5 for full, 1e-3 for projector."""
     projector_learning_rate: float | None = None
-    """The projector's own; by default a tenth of the rate under LoRA, else the rate."""
+    """Learning rate of the projector. By default it is a tenth of --learning-rate under LoRA, else the
+    same."""
     lora_rank: int = 128
-    """Rank of LoRA's matrices; alpha is twice the rank (LLaVA-1.5)."""
+    """Rank of LoRA's matrices. LoRA's alpha is twice the rank (LLaVA-1.5)."""
     lora_dropout: float = 0.05
-    """Share of LoRA's inputs that are dropped (LLaVA-1.5)."""
+    """Dropout probability of LoRA's inputs (LLaVA-1.5)."""
     freeze: tuple[str, ...] = ()
-    """Parts that learn nothing: vision (always), projector, language, embeddings, lm_head, or the name of a
-    module or its beginning."""
+    """Parts that are not trained: vision (always frozen), projector, language, embeddings, lm_head, or the
+    name of a module or its beginning."""
     group_by: Literal["none", "length", "modality-length"] = "none"
-    """Batches of near lengths, or also of prompts either all with or all without images (LLaVA-1.5)."""
+    """length: batches of similar lengths. modality-length: also either all or none of a batch's prompts have
+    images (LLaVA-1.5)."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass. It needs less memory and about a third more time."""
     report_to: str = "none"
-    """Where else the Trainer reports to: wandb, mlflow, ...; TensorBoard and a CSV are always written."""
+    """Service that the Trainer also reports to, such as wandb or mlflow. TensorBoard and CSV logs are always
+    written."""
     save_every: int = 100
-    """Optimiser steps between checkpoints that a killed run continues from."""
+    """Optimiser steps between checkpoints, from which a killed run continues."""
     push_to_hub: bool = False
-    """Publish the variant on the Hugging Face Hub at the end; also pushes a run that has finished."""
+    """Publish the variant on the Hugging Face Hub at the end. It also publishes a finished run."""
     hub_model_id: str | None = None
-    """Repository to push to, as user/name; by default the run folder's name, in your own namespace."""
+    """Repository to publish to, as user/name. By default it is the run folder's name in your namespace."""
     hub_private_repo: bool = False
-    """Make the repository private where it is made."""
+    """Make the repository private if it is created."""
     insert_layers: str = "all"
-    """Layers that "random" draws from: all, 0-7 or 0,4,8; of a policy always its own."""
+    """Layers that --insert-layer random draws from: all, 0-7 or 0,4,8. A policy keeps its own."""
     layer_distribution: str = "uniform"
-    """Or a run folder of train-policy: each prompt's layer by the policy's probabilities. Where weights are
-    sharded (FSDP, ZeRO-3) a whole step has one layer, since processes must call each layer equally often."""
+    """uniform, or a run folder of train-policy: each prompt's layer is drawn by the policy's probabilities.
+    If weights are sharded (FSDP, ZeRO-3), all rows of a step have one layer, because all processes must call
+    each layer equally often."""
     distillation: float = 0.0
-    """Weight of learning from the model's own answers at layer 0 instead of labels, 0 to 1; costs another
-    forward a step."""
+    """Weight (0 to 1) of the distillation loss: the model learns from its own answers at layer 0 instead of
+    the labels. It needs another forward per step."""
 
 
 @dataclass(kw_only=True)
 class EvaluateOptions(RunOptions, BackboneOptions, DataOptions):
-    """Put variants beside the baseline: accuracy, loss, FLOPs, measured time, KV-cache bytes."""
+    """Compare variants with the baseline: accuracy, loss, FLOPs, measured time, KV-cache bytes."""
 
     benchmark: str = "instructions"
-    """Whose data and rule: instructions (LLaVA's JSON, exact match), or a published benchmark by name."""
+    """Benchmark of the data and of the scoring rule: instructions (LLaVA's JSON, exact match), or the name of
+    a published benchmark."""
     variants: tuple[Path, ...] = ()
-    """Run folders of finetune, the baseline first; `--backbone` itself is used where none is given."""
+    """Run folders of finetune, the baseline first. By default --backbone itself is evaluated."""
     insert_layers: str | None = None
-    """Also `--backbone` at these fixed layers, without finetuning: all, 0-7 or 0,4,8."""
+    """Also evaluate --backbone at these fixed layers, without finetuning: all, 0-7 or 0,4,8."""
     policy: Path | None = None
-    """Run folder of train-policy: also `--backbone` with each prompt at the layer that it chooses."""
+    """Run folder of train-policy. Also evaluate --backbone with the policy's layer for each prompt."""
     skip_weight: float | None = None
-    """Skip weight λ to ask the policy for; by default the one it was made for."""
+    """Skip weight λ for the policy. By default it is the policy's --skip-weight."""
     max_new_tokens: int = 32
-    """Longest answer to generate."""
+    """Largest number of tokens per answer."""
     timing_repeats: int = 7
-    """Timed repeats of prefill and decode for each variant."""
+    """Timed repeats of prefill and decode per variant."""
     score_samples: int = 200
-    """Bootstrap draws for the interval of a score that is no mean of questions, as F1; 0 leaves it out."""
+    """Bootstrap samples for the interval of a score that is not a mean over questions, such as F1. With 0
+    there is no interval."""
     metrics: str | None = None
-    """Of a captions benchmark only these: bleu,rouge,meteor,cider,spice (what it has of them)."""
+    """Metrics of a captions benchmark to compute, some of bleu,rouge,meteor,cider,spice. The default depends
+    on the benchmark."""
 
 
 @dataclass(kw_only=True)
 class LayerStudyOptions(RunOptions, BackboneOptions, DataOptions):
-    """Finetune at every insert layer, and see whether the frozen model would have told which is best."""
+    """Finetune at every insert layer, and compare the results with the frozen model's prediction."""
 
     insert_layers: str = "all"
     """Layers to finetune at: all, 0-7 or 0,4,8."""
     held_out: float = 0.1
-    """Share of images that every variant is judged on and none is trained on."""
+    """Share of images that are held out to evaluate the variants."""
     method: Literal["lora", "full"] = "full"
-    """What finetuning trains, as in finetune."""
+    """Finetuning method, as in finetune."""
     learning_rate: float | None = 1e-3
-    """Peak learning rate of every variant; the default suits the tiny backbone, full."""
+    """Peak learning rate of every variant. The default suits full finetuning of the tiny backbone."""
     steps: int = 300
-    """Optimiser steps of every variant, that for all depths included."""
+    """Optimiser steps of every variant, also of the model for all depths."""
     batch_size: int = 16
     """Prompts per forward, and per optimiser step."""
     random: bool = True
-    """Also train one model for all these layers, with as many steps."""
+    """Also train one model for all these layers, with the same number of steps."""
     distillation: float = 0.5
-    """Also train it with this weight of learning from its own answers at layer 0; 0 for without."""
+    """Also train the model for all layers with this weight of distillation from its own answers at layer 0. 0
+    omits it."""
     longer: int | None = None
-    """Also train it, without distillation, for so many steps: how many does it need?"""
+    """Also train the model for all layers, without distillation, for this number of steps."""
     skip_weights: str = "0,0.1,0.2,0.5,1"
-    """Skip weights λ at which the layer of highest reward is compared, before and after finetuning."""
+    """Skip weights λ at which the layers of highest reward before and after finetuning are compared."""
     policy_fraction: float = 0.1
-    """Share of the training images that train-policy learns its expectation from."""
+    """Share of the training images that train-policy learns from."""
     max_new_tokens: int = 32
-    """Longest answer to generate."""
+    """Largest number of tokens per answer."""
     save_every: int = 100
-    """Optimiser steps between checkpoints that a killed study continues from."""
+    """Optimiser steps between checkpoints, from which a killed study continues."""
     jobs: int = 1
-    """Commands to run at a time, each with its share of the threads."""
+    """Commands that run at the same time, each with its share of the threads."""
 
 
 @dataclass(kw_only=True)
 class ReportOptions:
-    """Put several evaluations of the same variants into one table and one picture."""
+    """Join several evaluations of the same variants in one table and one picture."""
 
     out: Path
     """Run folder."""
     runs: tuple[Path, ...]
-    """Run folders of evaluate, each of another benchmark or data set."""
+    """Run folders of evaluate, one per benchmark or data set."""
 
 
 @dataclass(kw_only=True)
 class ScoreOptions(RunOptions):
-    """Score answers that are there already by a benchmark's published rule; no model is loaded."""
+    """Score existing answers by a benchmark's published rule, without loading a model."""
 
     benchmark: str = "instructions"
-    """What the data is: instructions (LLaVA's JSON), textvqa, vqav2, okvqa, gqa, pope, mme, scienceqa, ai2d,
-    mmbench, mmmu, esc50, vocalsound, vggsound, fsd50k, audioset, coco-captions, chebi20 or captions."""
+    """Benchmark of the data: instructions (LLaVA's JSON), textvqa, vqav2, okvqa, gqa, pope, mme, scienceqa,
+    ai2d, mmbench, mmmu, esc50, vocalsound, vggsound, fsd50k, audioset, coco-captions, chebi20 or captions."""
     data: Path
     """The benchmark's published file or folder."""
     answers: Path
-    """JSON lines (or a list) of id and prediction, as evaluate writes; or LLaVA's question_id and text."""
+    """JSON lines (or a list) of id and prediction, as evaluate writes, or of LLaVA's question_id and text."""
     image_root: Path | None = None
-    """Folder that image paths are relative to; by default the folder of the data."""
+    """Folder that image paths are relative to. By default it is the folder of the data."""
     embedder: str | None = None
-    """What finds the label that a sound's description means: tfidf, or a sentence-transformers model."""
+    """Embedder that finds the label nearest to a sound's description: tfidf, or the name of a
+    sentence-transformers model."""
     tokenizer: str | None = None
     """Tokens that BLEU counts for chebi20: words, or the tokenizer of a model (folder or hub id)."""
     metrics: str | None = None
-    """Of a captions benchmark only these: bleu,rouge,meteor,cider,spice (what it has of them)."""
+    """Metrics of a captions benchmark to compute, some of bleu,rouge,meteor,cider,spice. The default depends
+    on the benchmark."""
 
 
 @dataclass(kw_only=True)
 class BenchOptions(RunOptions):
-    """Measure prefill, decoding and training by insert layer beside the stock model, in paired rounds."""
+    """Measure prefill, decoding and training by insert layer against the stock model, in paired rounds."""
 
     backbone: str = "bench"
-    """Folder, hub id or "tiny" for a model of yours on rendered images; "bench" for a LLaVA with random
-    weights, large enough for arithmetic to dominate (bench-half, bench-small and bench-tiny are smaller)."""
+    """Folder, hub id or "tiny" to measure your model on rendered images. "bench" is a LLaVA with random
+    weights, large enough for arithmetic to dominate; bench-half, bench-small and bench-tiny are smaller."""
     full: bool = False
-    """Batches of 1, 8 and 32 with up to 2,304 image tokens; takes the better part of an hour on two cores."""
+    """Measure batches of 1, 8 and 32 with up to 2,304 image tokens. It takes most of an hour on two cores."""
     cases: str = ""
-    """Only these: prefill,decode,train-full,train-lora,rows (one layer a row),ragged,mixed (both padded)."""
+    """Cases to measure, some of prefill,decode,train-full,train-lora,rows (one insert layer per
+    row),ragged,mixed (both padded)."""
     insert_layers: str = "quarters"
-    """Layers to measure: all, 0-7 or 0,4,8; "quarters" is 0 and each quarter of the depth."""
+    """Layers to measure: all, 0-7 or 0,4,8. "quarters" is layer 0 and each quarter of the depth."""
     batch_size: int | None = None
-    """Rows of each forward; by default the batch sizes of the table, and 8 for a model of yours."""
+    """Rows per forward. By default those of the grid of cells, or 8 for your model."""
     repeats: int | None = None
-    """Rounds; each runs the stock model and every layer once. By default fewer for what takes longer."""
+    """Rounds. Each round runs the stock model and every layer once. By default slower cases have fewer."""
     threads: int | None = None
-    """Threads of torch on a CPU; 1 gives the steadiest figures on a machine that others use too."""
+    """Threads of torch on a CPU. 1 gives the steadiest figures on a shared machine."""
     device: str = "auto"
-    """"auto" takes a GPU where there is one; else a torch device such as cpu or cuda:1."""
+    """Torch device such as cpu or cuda:1. "auto" uses a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; "auto" is float32 on a CPU, else bfloat16 or the checkpoint's own."""
+    """Precision. "auto" is float32 on a CPU; on a GPU it is bfloat16 or the checkpoint's precision."""
 
 
 @dataclass(kw_only=True)
 class PredictOptions(RunOptions):
-    """Expect times and memory of a device by the roofline model, from the model's config.json alone."""
+    """Predict times and memory on a device by the roofline model, from the model's config.json alone."""
 
     backbone: str = "tiny"
-    """Folder with a config.json, hub id, or "tiny"; no weights are read or fetched."""
+    """Folder with a config.json, hub id, or "tiny". No weights are read or downloaded."""
     device_name: str
-    """A100-40, A100-80, H100, H200, L40S, "RTX 4090", T4, cpu (this machine, measured), or your own."""
+    """A100-40, A100-80, H100, H200, L40S, "RTX 4090", T4, cpu (this machine, measured), or the name of your
+    device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of weights and cache; "auto" is the configuration's own."""
+    """Precision of weights and cache. "auto" is the precision in the configuration."""
     text_tokens: int = 64
-    """Text tokens of a prompt."""
+    """Text tokens per prompt."""
     multimodal_tokens: int | None = None
-    """Image or audio tokens of a prompt; by default those of its images, where all images have as many."""
+    """Image or audio tokens per prompt. By default those of its images, if all images have equally many."""
     images: int = 1
-    """Images or clips of a prompt."""
+    """Images or clips per prompt."""
     batch_size: int = 1
     """Prompts in the batch."""
     insert_layers: str = "all"
     """Layers to predict: all, 0-7 or 0,4,8."""
     efficiency: float = 0.5
-    """Share of the device's peak and bandwidth that kernels reach; ratios do not depend on it."""
+    """Share of the device's peak and bandwidth that kernels reach. Ratios do not depend on it."""
     peak_tflops: float | None = None
-    """TFLOP/s in this dtype of a device that is not in the table, with --bandwidth-gb and --memory-gb."""
+    """Peak TFLOP/s in this dtype of a device outside the list, together with --bandwidth-gb and
+    --memory-gb."""
     bandwidth_gb: float | None = None
-    """Its memory bandwidth in GB/s."""
+    """Memory bandwidth of that device in GB/s."""
     memory_gb: float | None = None
-    """Its memory in GB."""
+    """Memory of that device in GB."""
 
 
 @dataclass(kw_only=True)
 class DemoOptions:
-    """The whole way on the embedded tiny backbone, from data to the evaluation of a variant."""
+    """Run all commands on the embedded tiny backbone, from data to the evaluation of a variant."""
 
     out: Path = Path("runs/demo")
-    """Run folder; each step writes a folder named after its command."""
+    """Run folder. Each step writes a folder in it that is named after its command."""
     seed: int = 0
     """Seed of every random choice."""
     skip_weight: float = 0.3
     """Weight λ of the skip bonus: reward = -loss (nats) + λ * bonus."""
     quick: bool = False
-    """A much smaller run, to see that everything works."""
+    """Run on much less data, to check that everything works."""

@@ -1,4 +1,4 @@
-"""Options: one meaning per word, wrong values named before anything is loaded, and no torch."""
+"""Options are parsed and checked before anything is loaded, without torch; errors name the wrong value."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def data(tmp_path) -> Path:
     ("text", "layers"),
     [("all", (0, 1, 2, 3)), ("0-2", (0, 1, 2)), ("2,0", (0, 2)), ("0-1,4", (0, 1, 4)), (" 1 , 1-2 ", (1, 2))],
 )
-def test_layers_are_read(text, layers):
+def test_layers_are_parsed(text, layers):
     assert parse_layers(text, 4) == layers
 
 
 @pytest.mark.parametrize(
     "text", ["", "x", "1-", "-1", "2-1", "0-9", "1;2", "1.5", "0--1", "¹", "0-999999999999"]
 )
-def test_what_is_no_layer_is_refused(text):
+def test_invalid_layers_are_refused(text):
     with pytest.raises(ValueError, match="--insert-layers"):
         parse_layers(text, 4)
 
 
 @pytest.mark.parametrize(("text", "share"), [("0.5%", 0.005), ("0.005", 0.005), ("0", 0), ("100%", 1)])
-def test_shares_are_read(text, share):
+def test_shares_are_parsed(text, share):
     assert parse_share(text, "--max-bad") == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["", "%", "half", "-1%", "101%", "1.5", "nan", "inf"])
-def test_what_is_no_share_is_refused(text):
+def test_invalid_shares_are_refused(text):
     with pytest.raises(ValueError, match="--max-bad"):
         parse_share(text, "--max-bad")
 
 
 @pytest.mark.parametrize(("text", "layer"), [("embeddings", 0), ("hidden:1", 1), (" hidden:12 ", 12)])
-def test_observations_are_read(text, layer):
+def test_observations_are_parsed(text, layer):
     assert parse_observation(text) == layer
 
 
@@ -70,17 +70,17 @@ def test_observations_are_read(text, layer):
     "text",
     ["", "hidden", "hidden:", "hidden:0", "hidden:-1", "hidden:x", "hidden:99999", "embeddings:1"],
 )
-def test_what_is_no_observation_is_refused(text):
+def test_invalid_observations_are_refused(text):
     with pytest.raises(ValueError, match="--observation"):
         parse_observation(text)
 
 
-def test_sources_are_read():
+def test_sources_are_parsed():
     assert parse_sources("coco, gqa,") == ("coco", "gqa")
     assert parse_sources("") is None
 
 
-def test_good_options_pass(data, tmp_path):
+def test_valid_options_pass(data, tmp_path):
     (tmp_path / "policy.json").write_text("{}")
     (tmp_path / "result.json").write_text("{}")
     check(SweepOptions(out=tmp_path, data=data, insert_layers="0-7,9"))
@@ -94,7 +94,7 @@ def test_good_options_pass(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "named"),
+    ("make", "message"),
     [
         (lambda data: SweepOptions(out=data, data=data.parent / "no.json"), "--data .*no.json"),
         (lambda data: SweepOptions(out=data, data=data, image_root=data), "--image-root"),
@@ -122,19 +122,21 @@ def test_good_options_pass(data, tmp_path):
         ),
     ],
 )
-def test_wrong_values_are_named(make, named, data):
-    with pytest.raises(ValueError, match=named):
+def test_errors_name_the_wrong_value(make, message, data):
+    with pytest.raises(ValueError, match=message):
         check(make(data))
 
 
 def test_every_option_has_a_description():
-    """An option without its docstring would be a line without words in `--help`."""
-    source = Path(options.__file__).read_text("utf-8").splitlines()
+    """`--help` shows the docstring of each option."""
+    lines = Path(options.__file__).read_text("utf-8").splitlines()
     for kind in vars(options).values():
         if isinstance(kind, type) and kind.__name__.endswith("Options"):
             for field in fields(kind):
-                lines = [at for at, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
-                assert lines and all(source[at + 1].strip().startswith('"""') for at in lines), field.name
+                places = [index for index, line in enumerate(lines) if line.startswith(f"    {field.name}: ")]
+                assert places and all(lines[index + 1].strip().startswith('"""') for index in places), (
+                    field.name
+                )
 
 
 def test_importing_options_loads_no_torch():
@@ -142,8 +144,8 @@ def test_importing_options_loads_no_torch():
         "import sys, deepinsert.controller.options; "
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["False", "False"]
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize(
@@ -156,17 +158,17 @@ def test_importing_options_loads_no_torch():
         ("0.1-0.5", 0.5, (0.1, 0.5)),
     ],
 )
-def test_ranges_of_skip_weights_are_read(text, weight, ends):
+def test_ranges_of_skip_weights_are_parsed(text, weight, ends):
     assert parse_skip_weights(text, weight) == ends
 
 
 @pytest.mark.parametrize("text", ["", "1", "2-1", "1-1", "-1-2", "0-inf", "nan-1", "a-b", "all"])
-def test_what_is_no_range_of_skip_weights_is_refused(data, tmp_path, text):
+def test_invalid_ranges_of_skip_weights_are_refused(data, tmp_path, text):
     with pytest.raises(ValueError, match="--skip-weight-range"):
         check(TrainPolicyOptions(out=tmp_path, data=data, skip_weight_range=text))
 
 
 def test_a_range_without_the_skip_weight_is_refused(data, tmp_path):
-    wrong = TrainPolicyOptions(out=tmp_path, data=data, skip_weight=3, skip_weight_range="0-2")
+    command_options = TrainPolicyOptions(out=tmp_path, data=data, skip_weight=3, skip_weight_range="0-2")
     with pytest.raises(ValueError, match="'0-2' does not contain --skip-weight 3"):
-        check(wrong)
+        check(command_options)
