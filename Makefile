@@ -1,26 +1,28 @@
-# Every target makes the virtual environment it needs in .venv and uses it again until the requirements change.
+# Every target creates the virtual environment that it needs in .venv, again only when the requirements change.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
-# One thread: the models of the tests are so small that threads cost more than they give.
+# Each worker has one thread, because the models of the tests are too small to gain from more.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-oldest test-versions test-slow models lint format bench bench-full bench-gpu bench-docs clean
 
 help:
-	@echo "make demo       the whole way on the embedded tiny backbone, into runs/demo"
-	@echo "make test       the test suite"
-	@echo "make test-slow  long checks"
-	@echo "make test-oldest    core tests with the oldest transformers, two minutes"
-	@echo "make test-versions  tests with other versions of transformers, and docs/versions.md; EVERY=1 for all"
-	@echo "make models     docs/models.md, from a run over all model families"
-	@echo "make lint       ruff and mypy"
-	@echo "make bench      time and memory by insert layer against the stock model, into runs/bench"
-	@echo "make bench-full the same with large batches, in the better part of an hour, into runs/bench-full"
-	@echo "make bench-gpu  published models with random weights on a GPU, into runs/bench-gpu"
-	@echo "make bench-docs docs/performance.md from the runs above"
+	@echo "make demo           run all commands on the embedded tiny backbone, into runs/demo"
+	@echo "make test           run the test suite"
+	@echo "make test-slow      run the long checks"
+	@echo "make test-oldest    run the core tests with the oldest transformers, in two minutes"
+	@echo "make test-versions  test with other versions of transformers and write docs/versions.md; EVERY=1 tests all"
+	@echo "make models         test all model families and write docs/models.md"
+	@echo "make lint           run ruff and mypy"
+	@echo "make format         fix what ruff can fix"
+	@echo "make bench          measure time and memory by insert layer against the stock model, into runs/bench"
+	@echo "make bench-full     measure large batches too, in most of an hour, into runs/bench-full"
+	@echo "make bench-gpu      measure published models with random weights on a GPU, into runs/bench-gpu"
+	@echo "make bench-docs     write docs/performance.md from the runs above"
+	@echo "make clean          remove the virtual environment"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/deepinsert demo --out runs/demo
