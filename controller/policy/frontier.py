@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .outcomes import FrontierPoint
-from .table_means import flops_ratios, frontier_point, mean_at
+from .table_means import frontier_point, mean_at
 
 if TYPE_CHECKING:
     from deepinsert.envs.rewards.table import Bonus, RewardTable
@@ -133,7 +133,7 @@ def pareto_curves(
         `prompts` (P) and the curves `policy`, `fixed` and `oracle`, each a list of means over the prompts;
         `accuracy` is None if it is not known. None if the table does not contain FLOPs.
     """
-    if flops_ratios(table) is None:
+    if table.known_flops_ratio is None:
         return None
     weights = set(skip_weight_grid(skip_weights.low, skip_weights.high))
     weights |= set() if skip_weight is None else {float(skip_weight)}

@@ -16,8 +16,6 @@ from deepinsert.envs.rewards.table import Bonus, RewardTable
 from .baselines import best_fixed_column
 from .outcomes import FrontierPoint, TrainingSummary
 
-FloatArray = NDArray[np.float64]
-
 
 def mean_at(table: RewardTable, columns: ArrayLike) -> dict[str, float | None]:
     """Return means over the prompts of `table` at one column for all or one per prompt (P).
@@ -27,8 +25,8 @@ def mean_at(table: RewardTable, columns: ArrayLike) -> dict[str, float | None]:
     """
     rows = np.arange(len(table))
     columns = np.broadcast_to(np.asarray(columns), len(table))
-    loss, stock = float(table.losses[rows, columns].mean()), stock_loss(table)
-    ratios, correct = flops_ratios(table), known_correct(table)
+    loss, stock = float(table.losses[rows, columns].mean()), table.mean_stock_loss
+    ratios, correct = table.known_flops_ratio, table.known_correct
     return {
         "loss": loss,
         "loss_increase": None if stock is None else loss - stock,
@@ -55,7 +53,7 @@ def frontier_point(
 
 def summarise_training(table: RewardTable, skip_weight: float, bonus: Bonus) -> TrainingSummary:
     """Return what `table`, of the training prompts, says about the candidates; `skip_weight` is λ."""
-    ratios, times = flops_ratios(table), table.times
+    ratios, times = table.known_flops_ratio, table.times
     rewards = table.rewards(skip_weight, bonus)
     return TrainingSummary(
         prompts=len(table),
@@ -77,21 +75,3 @@ def fields_of_table(table: RewardTable, skip_weight: float, bonus: Bonus) -> dic
         "table_digest": table.digest,
         "training": summarise_training(table, skip_weight, bonus),
     }
-
-
-def stock_loss(table: RewardTable) -> float | None:
-    """Return the mean loss at insert layer 0, in nats; None if it is no candidate."""
-    return float(table.losses[:, 0].mean()) if table.insert_layers[0] == 0 else None
-
-
-def flops_ratios(table: RewardTable) -> FloatArray | None:
-    """Return the table's FLOPs ratios (P, K), or None if it does not contain them."""
-    try:
-        return table.flops_ratio
-    except LookupError:
-        return None
-
-
-def known_correct(table: RewardTable) -> FloatArray | None:
-    """Return whether each answer is right (P, K), 1 or 0; None unless all of it is known."""
-    return None if np.isnan(table.correct).any() else table.correct

@@ -219,6 +219,24 @@ class RewardTable:
         return self.flops / self.stock_flops[:, None]
 
     @property
+    def known_flops_ratio(self) -> FloatArray | None:
+        """`flops_ratio` (P, K), or None if the table does not contain it."""
+        try:
+            return self.flops_ratio
+        except LookupError:
+            return None
+
+    @property
+    def known_correct(self) -> FloatArray | None:
+        """`correct` (P, K), or None unless all of it is known."""
+        return None if np.isnan(self.correct).any() else self.correct
+
+    @property
+    def mean_stock_loss(self) -> float | None:
+        """Mean loss at insert layer 0, in nats; None if it is no candidate."""
+        return float(self.losses[:, 0].mean()) if self.insert_layers[0] == 0 else None
+
+    @property
     def origin(self) -> dict[str, Any]:
         """What the losses were computed with: weights, precision, depth, method. Fit for JSON."""
         return self._parent[0].origin if self._parent is not None else self._origin
