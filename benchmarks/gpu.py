@@ -22,14 +22,14 @@ import tyro
 from deepinsert.backbones import CostModel
 from deepinsert.controller.option_checks import check, parse_layers
 from deepinsert.controller.options import RunOptions
-from deepinsert.controller.performance.bench import Subject, finish, measure_cells
+from deepinsert.controller.performance.bench import Subject, draw_and_describe, measure_cells
 from deepinsert.controller.performance.grids import Cell
 from deepinsert.controller.performance.host_syncs import find_syncs
 from deepinsert.controller.performance.performance_tables import describe_setup, figures_table, result_text
 from deepinsert.controller.performance.published_configurations import PUBLISHED_MODELS
 from deepinsert.controller.performance.sample_batches import make_batch, tokens_per_image
 from deepinsert.controller.runs.atomic_files import write_json
-from deepinsert.controller.runs.folder import read_result, start_run
+from deepinsert.controller.runs.command import run_command
 
 PAPER = {4: 0.928, 8: 0.881, 12: 0.836}
 """Prefill time of LLaVA-1.5-7B by insert layer, as a share of stock, on the paper's A100."""
@@ -87,12 +87,11 @@ def run(options: GpuOptions) -> dict[str, Any]:
     check_machine(options)
     if options.profile:
         return profile_syncs(options)
-    out = start_run(options)
-    if (out / "result.json").is_file():
-        result = read_result(out)
-    else:
-        result = finish(out, measure_cells(cells_of(options), published_subjects(options), out))
-    print(result_text(result))
+
+    def measure_all(out: Path) -> dict[str, Any]:
+        return draw_and_describe(measure_cells(cells_of(options), published_subjects(options), out), out)
+
+    result = run_command(options, measure_all, result_text)
     print(f"\n{table(result['cells'])}\nMeasured on {describe_setup(result)}.")
     if options.scale == "tiny":
         print("Tiny models: these times say nothing about the published ones.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,10 @@ import torch
 from deepinsert.backbones import CostModel, eq5_flops, load_backbone, remove_deep_insert
 from deepinsert.backbones.compat.transformers import attention_of
 from deepinsert.controller.answers.batched import generation_inputs
-from deepinsert.controller.option_checks import BENCH_CASES, check, parse_cases, parse_layers
+from deepinsert.controller.option_checks import BENCH_CASES, parse_cases, parse_layers
 from deepinsert.controller.options import BenchOptions
 from deepinsert.controller.runs.atomic_files import write_json
-from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.command import run_command
 from deepinsert.controller.runs.machine import machine_facts
 from deepinsert.controller.runs.progress_bars import cost_progress_bar
 
@@ -65,17 +64,13 @@ def run(options: BenchOptions) -> dict[str, Any]:
     A finished run is not repeated. Raises `ValueError` if the folder holds another run or an option cannot be
     used.
     """
-    check(options)
-    out = start_run(options)
-    if (out / "result.json").is_file():
-        print(f"{out} is finished; nothing to do", file=sys.stderr)
-        result = read_result(out)
-    else:
+
+    def measure_all(out: Path) -> dict[str, Any]:
         with torch_threads(options.threads):
             cells, subject_of = plan(options)
-            result = finish(out, measure_cells(cells, subject_of, out))
-    print(result_text(result))
-    return result
+            return draw_and_describe(measure_cells(cells, subject_of, out), out)
+
+    return run_command(options, measure_all, result_text)
 
 
 @contextmanager
@@ -287,11 +282,10 @@ def _relative_costs(cell: Cell, num_layers: int) -> list[float]:
     return [forwards * ideal.rows_mean(setting, flops) for setting in settings]
 
 
-def finish(out: Path, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Draw the pictures and write the result of cells measured on one machine."""
+def draw_and_describe(cells: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Draw the pictures of cells that were measured on one machine, and return the result."""
     prefills = [cell for cell in cells if cell["case"] == "prefill"]
     if prefills:
         draw_figure12(max(prefills, key=lambda cell: len(cell["parts"]["prefill"])), out / "figure12.png")
     draw_saving_kept(cells, out / "saving_kept.png")
-    result = {"cells": cells, "device": cells[0]["device"], "machine": cells[0]["machine"]}
-    return write_result(out, result)
+    return {"cells": cells, "device": cells[0]["device"], "machine": cells[0]["machine"]}

@@ -6,6 +6,7 @@ It needs only the model's `config.json`; no weights are read.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from deepinsert.backbones.costs.encoder_costs import TiledEncoder
 from deepinsert.backbones.loading import TINY
 from deepinsert.controller.option_checks import check, parse_layers
 from deepinsert.controller.options import PredictOptions
-from deepinsert.controller.runs.folder import start_run, write_result
+from deepinsert.controller.runs.atomic_files import to_json
+from deepinsert.controller.runs.command import run_command
 from deepinsert.controller.tables import terminal_table
 
 from .performance_pictures import draw_predicted_ratios
@@ -39,6 +41,17 @@ HEADINGS = (
 def run(options: PredictOptions) -> dict[str, Any]:
     """Predict prefill, decode and memory at each layer; write `predict.png` and `result.json`."""
     check(options)
+    result = predict_layers(options)
+
+    def draw(out: Path) -> dict[str, Any]:
+        draw_predicted_ratios(result, out / "predict.png")
+        return result
+
+    return run_command(options, draw, result_text, reuse=False)
+
+
+def predict_layers(options: PredictOptions) -> dict[str, Any]:
+    """Return the predictions for the stock model and for each insert layer, fit for JSON."""
     device = device_of(options)
     config = AutoConfig.from_pretrained(TINY if options.backbone == "tiny" else options.backbone)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -46,7 +59,6 @@ def run(options: PredictOptions) -> dict[str, Any]:
     device.peak(costs.dtype)
     layers = parse_layers(options.insert_layers, costs.num_layers)
     multimodal = multimodal_tokens(options, costs)
-    out = start_run(options)
     stock, *predictions = (
         predict(
             costs,
@@ -60,7 +72,7 @@ def run(options: PredictOptions) -> dict[str, Any]:
         )
         for layer in (0, *layers)
     )
-    result = {
+    numbers = {
         "stock": stock,
         "layers": predictions,
         "num_layers": costs.num_layers,
@@ -72,10 +84,8 @@ def run(options: PredictOptions) -> dict[str, Any]:
         "efficiency": options.efficiency,
         "device": device,
     }
-    written = write_result(out, result_of(result))
-    draw_predicted_ratios(written, out / "predict.png")
-    print(result_text(written))
-    return written
+    result: dict[str, Any] = to_json(result_of(numbers))
+    return result
 
 
 def device_of(options: PredictOptions) -> Device:

@@ -1,7 +1,8 @@
-"""The frame that all commands share: check the options, reuse a finished run, write the result and print it."""
+"""The frame of all commands: check the options, reuse a finished run, write the result and print it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import RunOptions
 
-from .folder import read_result, same_run, start_run, to_json, write_result
+from .atomic_files import to_json
+from .folder import read_result, same_run, start_run, write_result
 
 Result = dict[str, Any]
 
@@ -38,7 +40,9 @@ def run_command(
     check(options)
     is_finished = reuse and same_run(options) and (Path(options.out) / "result.json").is_file()
     out = start_run(options, growing)
-    if not is_finished:
+    if is_finished:
+        print(f"{out} is finished; nothing to do", file=sys.stderr)
+    else:
         if reuse:
             (out / "result.json").unlink(missing_ok=True)  # it belongs to other options
         result = compute(out)
