@@ -306,8 +306,8 @@ class LayerPolicy(PolicyRecord):
             normaliser: the statistics that its environment normalised observations with.
             backbone: the backbone that the table belongs to.
             skip_weights: the range of λ, or the one λ, that it was trained for.
-            observations: those of the table's prompts (P, D), before normalisation. They make it possible to ask
-                for budgets, which are unbiased if the prompts were held out from training.
+            observations: those of the table's prompts (P, D), before normalisation. With them the policy
+                can be asked for budgets, which are unbiased if the prompts were held out from training.
             skip_weight: the default λ; by default the largest.
             bonus: the kind of skip bonus.
             observation: describes `observations`.
