@@ -1,6 +1,7 @@
-"""What differs between model families: where the decoder stack is, and which positions are multimodal.
+"""What differs between model families: where the decoder stack is, and which token ids are placeholders.
 
-Generic rules find both on stock `transformers` models; what they cannot do, `refusals.py` refuses.
+The rules are generic and find both on stock `transformers` models. `refusals.py` refuses models for which
+they are not enough.
 """
 
 from __future__ import annotations
@@ -18,82 +19,90 @@ from .errors import UnsupportedModelError
 PLACEHOLDER_NAMES = tuple(
     f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")
 )
+"""Names under which configurations store the token ids that stand for multimodal tokens."""
 
-RECURRENT = frozenset({"linear_attention", "conv"})
+RECURRENT_LAYER_TYPES = frozenset({"linear_attention", "conv"})
 """Types of layers that carry a state from row to row instead of attending to keys."""
 
 ENCODER_DECODER = (
-    "is an encoder-decoder: only those are supported whose encoder reads features among text, in layers that "
-    "hand no position bias on"
+    "is an encoder-decoder: supported are only those whose encoder reads features among text and whose "
+    "layers pass on no position bias"
 )
+"""Why most encoder-decoders are refused, as the end of a sentence about the model."""
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
-    """The stock model itself, also where PEFT has wrapped it."""
+    """Return the stock model itself, also if PEFT has wrapped it.
+
+    Raises `UnsupportedModelError` if there is no `PreTrainedModel` inside.
+    """
     unwrap: Any = getattr(model, "get_base_model", None)
-    inner = model if unwrap is None else unwrap()
-    if not isinstance(inner, PreTrainedModel):
+    base = model if unwrap is None else unwrap()
+    if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model; give a PreTrainedModel or a PEFT model of one"
+            f"{type(model).__name__} is not a transformers model: give a PreTrainedModel, or a PEFT model "
+            "that wraps one"
         )
-    return inner
+    return base
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """What errors call the model."""
+    """Return the name by which errors call the model: its class and its model type."""
     return f"{type(model).__name__} (model type {model.config.model_type!r})"
 
 
 def find_stack(model: nn.Module) -> Any:
-    """The module that owns the decoder layers of the text model, as `.layers`; of an encoder-decoder, the
-    encoder layers.
+    """Return the module that owns the text model's decoder layers, as its attribute `layers`.
 
-    Raises `UnsupportedModelError` where there is none.
+    In an encoder-decoder these are the encoder layers. Raises `UnsupportedModelError` if there is no such
+    module.
     """
-    model = base_model_of(model)
-    stack: Any = model.get_encoder() if is_encoder_decoder(model) else model.get_decoder()
+    base: Any = base_model_of(model)
+    stack = base.get_encoder() if is_encoder_decoder(base) else base.get_decoder()
     while not isinstance(getattr(stack, "layers", None), nn.ModuleList):
-        inner = [getattr(stack, part, None) for part in ("model", "decoder", "language_model", "text_model")]
-        found = [module for module in inner if isinstance(module, nn.Module) and module is not stack]
-        if not found:
-            reason = ": no list of decoder layers found; insert_layer has no meaning"
-            if is_encoder_decoder(model):
+        parts = [getattr(stack, name, None) for name in ("model", "decoder", "language_model", "text_model")]
+        inner_modules = [part for part in parts if isinstance(part, nn.Module) and part is not stack]
+        if not inner_modules:
+            reason = ": no list of decoder layers was found, so there is no layer to insert at"
+            if is_encoder_decoder(base):
                 reason = f" {ENCODER_DECODER}"
-            raise UnsupportedModelError(name_of(model) + reason)
-        stack = found[0]
+            raise UnsupportedModelError(name_of(base) + reason)
+        stack = inner_modules[0]
     return stack
 
 
 def farthest_position(stack: Any) -> int | None:
-    """The end of the prompts that a layer without all rows can be given; None where there is none.
+    """Return the longest prompt, in positions, for which layers may lack rows; None if there is no limit.
 
-    Llama 4 scales queries by the number of their row, from `floor_scale` rows on.
+    Llama 4 scales queries by their row number, from row `floor_scale` on.
     """
     config = stack.config
     return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
 
 def deepest_insert_layer(stack: Any) -> int:
-    """The number of layers, or the first one whose keys later layers read instead of making their own.
+    """Return the deepest insert layer: the number of layers N, or the first layer whose keys others read.
 
-    A later layer that holds all rows could not read keys made without the multimodal ones.
+    Some models reuse the keys of a layer in later layers. A later layer that holds all rows could not read
+    keys that were made without the multimodal rows.
     """
     return min(layers_read_by_others(stack), default=len(stack.layers))
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model, or its text model, is an encoder-decoder."""
     configs = (model.config, model.config.get_text_config())
     return any(getattr(config, "is_encoder_decoder", False) for config in configs)
 
 
 def find_placeholder_owner(model: PreTrainedModel) -> Any | None:
-    """The module whose `get_placeholder_mask` says where features are scattered; None where there is none."""
+    """Return the module whose `get_placeholder_mask` locates scattered features; None if there is none."""
     owners = [module for module in model.modules() if hasattr(type(module), "get_placeholder_mask")]
-    return next(filter(_has_a_placeholder, owners), None)
+    return next(filter(_has_placeholder, owners), None)
 
 
-def _has_a_placeholder(owner: Any) -> bool:
-    """Whether the configuration of `owner` has a token that its `get_placeholder_mask` asks for.
+def _has_placeholder(owner: Any) -> bool:
+    """Whether the configuration of `owner` has a token id that its `get_placeholder_mask` reads.
 
     Voxtral Realtime adds its features to the embeddings and has no such token; its class has the method in
     transformers 5.2 to 5.11.
@@ -104,33 +113,37 @@ def _has_a_placeholder(owner: Any) -> bool:
 
 
 def placeholder_methods(owner: Any | None) -> list[str]:
-    """Names of the methods of `owner` that say where features are scattered; some have another for sounds."""
+    """Return the names of the methods of `owner` that locate scattered features.
+
+    Some models have a second method for sounds.
+    """
     names = dir(type(owner))
     return [name for name in names if name.startswith("get_") and name.endswith("placeholder_mask")]
 
 
 def placeholder_token_ids(config: PreTrainedConfig) -> frozenset[int]:
-    """Token ids that stand for multimodal tokens, by the names configurations use for them.
+    """Return the token ids that stand for multimodal tokens, under the names that configurations use.
 
-    A model that names none may leave it to its encoders' configurations.
+    If the model's own configuration names none, those of its encoders are read.
     """
     encoders = [getattr(config, name, None) for name in config.sub_configs if name != "text_config"]
     for parts in ([config], encoders):
-        found = (getattr(part, name, None) for part in parts for name in PLACEHOLDER_NAMES)
-        tokens = frozenset(token for token in found if isinstance(token, int) and token >= 0)
-        if tokens:
-            return tokens
+        values = (getattr(part, name, None) for part in parts for name in PLACEHOLDER_NAMES)
+        token_ids = frozenset(value for value in values if isinstance(value, int) and value >= 0)
+        if token_ids:
+            return token_ids
     return frozenset()
 
 
 def is_recurrent(stack: Any, index: int) -> bool:
     """Whether decoder layer `index` carries a state from row to row (linear attention, short convolution)."""
-    kinds = getattr(stack.config, "layer_types", None) or []
-    return index < len(kinds) and kinds[index] in RECURRENT
+    types = getattr(stack.config, "layer_types", None) or []
+    return index < len(types) and types[index] in RECURRENT_LAYER_TYPES
 
 
 def window_of(stack: Any, index: int) -> int | None:
-    """How many positions decoder layer `index` sees at most; None where it sees all."""
-    kinds = getattr(stack.config, "layer_types", None) or []
-    sliding = "sliding" in kinds[index] if index < len(kinds) else True
-    return getattr(stack.config, "sliding_window", None) if sliding else None
+    """Return the sliding window of decoder layer `index`, in positions; None if it sees all positions."""
+    types = getattr(stack.config, "layer_types", None) or []
+    is_sliding = "sliding" in types[index] if index < len(types) else True
+    window: int | None = getattr(stack.config, "sliding_window", None) if is_sliding else None
+    return window

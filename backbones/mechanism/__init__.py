@@ -1,1 +1,1 @@
-"""The variable-depth forward: what `deep_insert` installs, the rows, masks and caches of each layer."""
+"""The forward with a variable insert layer: installation, and each layer's rows, mask and cache."""

@@ -1,7 +1,7 @@
-"""One forward of a decoder stack in which some layer sees fewer rows than there are.
+"""One forward of a decoder stack in which some layer lacks rows.
 
-It carries the hidden states from stage to stage and selects, for each layer, the rows of what the stock
-stack hands it: masks, rotary tables, positions.
+It carries the hidden states from stage to stage, and selects for each layer the alive rows of the arguments
+that the stock stack passes to it: masks, rotary tables, positions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from deepinsert.backbones.errors import UnsupportedModelError
 
 from .cache import KeyMap, LayerKeys
 from .masks import Columns, row_mask, select_mask
-from .rows import Rows
+from .rows import Rows, Stages
 
 _ROW_DIMENSION = {
     "position_embeddings": -2,
@@ -29,27 +29,31 @@ _ROW_DIMENSION = {
     "mm_token_type_ids": -1,
     "moe_mm_token_type_ids": -1,
 }
-"""Where the rows are in what a stack hands each layer."""
+"""The dimension of the rows in the arguments that a stack passes to its layers."""
 
 _ROWLESS = frozenset({*CACHE_ARGUMENTS, "num_items_in_batch", "labels"})
-"""What reaches the layers but is not read row by row there."""
+"""Arguments of layers that are not read row by row."""
+
+Value = TypeVar("Value")
 
 
 def _holds_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor, or a tuple or list that holds one."""
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds_tensor, value)))
 
 
 def _take(rows: Rows, value: Any, dim: int) -> Any:
-    """The alive rows of a tensor, or of each tensor of a tuple such as (cos, sin)."""
+    """Return the alive rows of a tensor, or of each tensor of a tuple such as (cos, sin)."""
     if isinstance(value, tuple | list):
         return type(value)(_take(rows, part, dim) for part in value)
     return rows.take(value, dim)
 
 
 def _packed_positions(rows: Rows, value: Tensor) -> Tensor:
-    """(1, R) places of the alive rows in the packed sequences that `value` (1, S) numbers, none left out.
+    """Return the index (1, R) of each alive row within its packed sequence.
 
-    A flash kernel looks for a sequence's first position, which may be that of a row that waits.
+    `value` (1, S) are the position ids, which restart in each sequence. A flash kernel looks for the first
+    position of a sequence, and the row of this position may still be waiting.
     """
     sequence = rows.take((value == value.min()).cumsum(-1), -1)
     place = torch.arange(sequence.shape[-1], device=value.device).expand_as(sequence)
@@ -60,34 +64,38 @@ def _packed_positions(rows: Rows, value: Tensor) -> Tensor:
 
 @dataclass
 class Forward:
-    """One forward of the stack in which some layer sees fewer rows than there are.
+    """One forward of the stack in which some layer lacks rows.
 
-    `stages` maps each insert layer of the batch, and 0, to the rows alive from there on; None means all.
-    `causal` says what a mask of None means: in an encoder every row sees every other. `between` says that
-    the stack itself adds to the hidden states between layers (DeepStack): it is then given them at full
-    length after each layer, and what it adds to a waiting row stays on it.
+    Args:
+        length: The number S of new positions.
+        stages: The rows alive from each insert layer of the batch, and from layer 0, on.
+        flash: Whether the attention kernel takes only 2-D masks.
+        causal: Whether a mask of None means causal attention; in an encoder every row attends to every other.
+        adds_between_layers: Whether the stack adds to the hidden states between layers (DeepStack). Then it
+            gets them at full length after each layer, and what it adds to a waiting row stays there.
+        plan: Makes the stages from the input of layer 0, if the stack embeds the ids itself.
+        first_input: (B, S, D) input of layer 0, or (A, B, S, D) in a model with A streams; waiting rows are
+            inserted from it.
+        rows: The rows that the hidden states hold now; None means all.
+        memo: Results that several layers share, with the objects whose ids are in their keys.
     """
 
     length: int
-    stages: dict[int, Rows | None]
+    stages: Stages
     flash: bool
     causal: bool = True
-    between: bool = False
-    plan: Callable[[Tensor], dict[int, Rows | None]] | None = None
-    """Makes the stages from the input of layer 0, where the stack embeds the ids itself."""
-    entered: Tensor | None = None
-    """(B, S, D) input of layer 0, kept for rows that have not been inserted yet; (A, B, S, D) where a model
-    carries A streams."""
+    adds_between_layers: bool = False
+    plan: Callable[[Tensor], Stages] | None = None
+    first_input: Tensor | None = None
     rows: Rows | None = None
-    """The rows that the hidden states now hold."""
-    memo: dict[tuple, tuple] = field(default_factory=dict)
+    memo: dict[tuple[object, ...], tuple[object, Any]] = field(default_factory=dict)
 
     def enter(self, layer_idx: int, hidden: Tensor) -> Tensor:
-        """Hidden states (B, R, D) for layer `layer_idx` from what the layer before it returned."""
+        """Return the input (B, R, D) of layer `layer_idx`, from the hidden states behind the layer before."""
         if layer_idx == 0 and self.plan is not None:
             self.stages = self.plan(hidden)
-        if layer_idx == 0 or self.between:
-            self.entered = hidden
+        if layer_idx == 0 or self.adds_between_layers:
+            self.first_input = hidden
         elif layer_idx in self.stages:
             hidden = self.put_back(hidden)
         elif self.rows is not None:
@@ -97,89 +105,101 @@ class Forward:
 
     @property
     def decodes(self) -> bool:
-        """Whether this is one new token that skips nothing."""
+        """Whether this is one new token that skips no layer."""
         return self.length == 1 and not self.stages and self.plan is None
 
-    def whole_at(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` is given all rows."""
+    def has_all_rows(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` gets all rows."""
         return self.plan is None and self.stages.get(layer_idx, self.rows) is None
 
     def put_back(self, hidden: Tensor) -> Tensor:
-        """(B, S, D): hidden states at full length again."""
-        assert self.entered is not None
-        return hidden if self.rows is None else self.rows.put(hidden.to(self.entered.device), self.entered)
+        """Return the hidden states at full length (B, S, D), with waiting rows as they entered layer 0."""
+        assert self.first_input is not None
+        if self.rows is None:
+            return hidden
+        return self.rows.put(hidden.to(self.first_input.device), self.first_input)
 
     def full_length(self, states: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-        """The stack's `hidden_states`, each at full length: a waiting row is as it entered layer 0."""
+        """Return the stack's `hidden_states`, each at full length: a waiting row is as it entered layer 0."""
         last = len(states) - 1
         for index, state in enumerate(states):
             below = [layer for layer in self.stages if layer <= max(index - 1, 0)]
             rows = self.stages[max(below)] if below else None
-            short = state is not None and rows is not None and state.shape[-2] < self.length
-            if state is None or rows is None or not short or self.entered is None or index == last:
+            is_shorter = state is not None and rows is not None and state.shape[-2] < self.length
+            if state is None or rows is None or not is_shorter or self.first_input is None or index == last:
                 yield state
             else:
-                yield rows.put(state, self.entered)
+                yield rows.put(state, self.first_input)
 
-    def once(self, key: tuple, kept: tuple, make: Callable[[], Any]) -> Any:
-        """`make()`, once for each `key` of ids; `kept` holds what the ids name, so that none is reused."""
+    def once(self, key: tuple[object, ...], objects: object, make: Callable[[], Value]) -> Value:
+        """Return `make()`, which runs once per `key`.
+
+        A key holds ids of objects. `objects` are kept alive, so that no other object gets their ids.
+        """
         if key not in self.memo:
-            self.memo[key] = (kept, make())
-        return self.memo[key][1]
+            self.memo[key] = (objects, make())
+        value: Value = self.memo[key][1]
+        return value
 
     def columns(self, keys: LayerKeys, hidden: Tensor) -> Columns:
-        """The keys that a layer's attention will see, made once for layers whose caches hold the same."""
+        """Return the keys that a layer's attention will read; layers with equal caches share the result."""
         rows, length, past = self.rows, self.length, keys.past
 
         def make() -> Columns:
             if rows is None:
-                new = torch.arange(past, past + length, device=hidden.device)
-                new = new.expand(hidden.shape[-3], -1)
+                new_positions = torch.arange(past, past + length, device=hidden.device)
+                new_positions = new_positions.expand(hidden.shape[-3], -1)
             else:
-                new = (past + rows.index).masked_fill(~rows.valid, -1) if rows.ragged else past + rows.index
-            position = keys.columns(new)
-            own = keys.own(new.shape[1], position.shape[1])
-            holes = keys.holes or (rows is not None and rows.ragged)
-            return Columns(position, own, keys.offset, holes)
+                new_positions = past + rows.index
+                new_positions = new_positions.masked_fill(~rows.valid, -1) if rows.ragged else new_positions
+            positions = keys.columns(new_positions)
+            first_new = keys.first_new_column(new_positions.shape[1], positions.shape[1])
+            has_holes = keys.has_holes or (rows is not None and rows.ragged)
+            return Columns(positions, first_new, keys.offset, has_holes)
 
         return self.once(("columns", id(rows), *keys.identity), (rows, keys.layer), make)
 
     def keymap(self, columns: Columns, past: int) -> KeyMap:
-        """What cache layers with these columns remember, one object for all of them."""
-        skipped = past + self.length - columns.position.shape[1]
-        make = partial(KeyMap, columns.position, skipped, columns.holes)
-        return self.once(("keymap", id(columns)), (columns,), make)
+        """Return the key map that cache layers with these columns store: one object for all of them."""
+        skipped = past + self.length - columns.positions.shape[1]
+        make = partial(KeyMap, columns.positions, skipped, columns.has_holes)
+        return self.once(("keymap", id(columns)), columns, make)
 
     def select(self, arguments: dict[str, Any], columns: Columns, recurrent: bool) -> dict[str, Any]:
-        """A layer's arguments for the alive rows, each selection made once for a run of layers.
+        """Return a layer's arguments for the alive rows; a run of layers shares each selection.
 
-        A `recurrent` layer's mask speaks of its rows alone. Raises `UnsupportedModelError` for a tensor whose
-        rows cannot be told.
+        Args:
+            arguments: The layer's arguments by name, for all rows.
+            columns: The keys that the layer's attention will read.
+            recurrent: Whether the layer is recurrent, so that its mask has a column per row and not per key.
+
+        Raises:
+            UnsupportedModelError: It is unknown how to select the rows of some tensor.
         """
         rows = self.rows
-        chosen = dict(arguments)
+        selected = dict(arguments)
         for name, value in arguments.items():
             make: Callable[[], Any]
             if name == "attention_mask" and recurrent:
                 make = partial(row_mask, value, rows)
-                chosen[name] = self.once(("rows", id(value), id(rows)), (value, rows), make)
+                selected[name] = self.once(("rows", id(value), id(rows)), (value, rows), make)
             elif name == "attention_mask":
                 make = partial(select_mask, value, rows, self.length, columns, self.flash, self.causal)
-                chosen[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
+                selected[name] = self.once(("mask", id(value), id(columns)), (value, columns), make)
             elif rows is None or not _holds_tensor(value) or name in _ROWLESS:
                 continue
             elif name == "cache_position":
-                # Layers are handed it to 5.3: to write into static caches, or to scale far positions, which
-                # are both refused with rows left out. Its length must be that of the rows.
-                chosen[name] = value[rows.reading[0]]
+                # Up to 5.3, layers get it to write into static caches or to scale far positions, which are
+                # both refused when rows are left out. Only its length must be that of the rows.
+                selected[name] = value[rows.read_index[0]]
             elif name == "position_ids" and self.flash and value.ndim == 2 and len(value) == 1:
-                place = partial(_packed_positions, rows, value)
-                chosen[name] = self.once((name, id(value), id(rows)), (value, rows), place)
+                make = partial(_packed_positions, rows, value)
+                selected[name] = self.once((name, id(value), id(rows)), (value, rows), make)
             elif name in _ROW_DIMENSION:
-                take = partial(_take, rows, value, _ROW_DIMENSION[name])
-                chosen[name] = self.once((name, id(value), id(rows)), (value, rows), take)
+                make = partial(_take, rows, value, _ROW_DIMENSION[name])
+                selected[name] = self.once((name, id(value), id(rows)), (value, rows), make)
             else:
                 raise UnsupportedModelError(
-                    f"this model hands its decoder layers {name!r}, whose rows cannot be selected yet"
+                    f"this model passes {name!r} to its decoder layers, and its rows cannot be selected yet"
                 )
-        return chosen
+        return selected

@@ -1,6 +1,6 @@
-"""A run of some decoder layers on rows that are given as they enter them.
+"""Runs a contiguous range of decoder layers on rows captured at the range's input.
 
-What all insert layers compute alike, the text-only layers above all, is computed once and handed to each.
+Work that all insert layers share, above all the text-only layers, is done once and its results are passed on.
 """
 
 from __future__ import annotations
@@ -12,34 +12,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MaskOfLayer = Callable[[int, torch.dtype], Tensor]
+"""Returns the attention mask (B|1, 1, R, K) of a layer for R new rows and K keys, in a precision."""
+
 
 @dataclass
-class Section:
-    """Layers `start` to `stop` - 1 of a stack's forward; the others hand on what they are given.
+class LayerRange:
+    """Layers `start` to `stop` - 1 of a stack's forward; the other layers return their input.
 
-    At layer `start` the rows where `placed` (R,) is True become `states` (B, R, D). `mask(layer, dtype)` is a
-    layer's attention mask (B|1, 1, R, K) for R new rows and K keys. `kept` collects the input (B, R, D) of
-    each layer in `keep`.
+    Args:
+        start: The first layer that runs.
+        stop: The first layer after the range.
+        mask: Returns the attention mask of a layer.
+        states: (B, R, D) hidden states that enter layer `start`; None leaves its input as it is.
+        replaced: (R,) bool, the rows of layer `start` that become `states`.
+        recorded: The layers whose input is recorded.
+        in_tuples: Whether the layers return tuples, so that skipped layers must return them too.
+        inputs: (B, R, D) input of each recorded layer, by its index.
     """
 
     start: int
     stop: int
-    mask: Callable[[int, torch.dtype], Tensor]
+    mask: MaskOfLayer
     states: Tensor | None = None
-    placed: Tensor | None = None
-    keep: frozenset[int] = frozenset()
+    replaced: Tensor | None = None
+    recorded: frozenset[int] = frozenset()
     in_tuples: bool = False
-    """Whether the layers return tuples: those passed over must as well."""
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
-    def call(self, index: int, stock: Callable[..., Any], first: str, call: dict[str, Any]) -> Any:
-        """Decoder layer `index`, whose hidden states are its argument `first`."""
-        hidden = call.pop(first)
-        if index == self.start and self.states is not None and self.placed is not None:
-            placed = self.placed.to(hidden.device)
-            hidden = torch.where(placed[:, None], self.states.to(hidden.device), hidden)
-        if index in self.keep:
-            self.kept[index] = hidden
+    def call(self, index: int, stock: Callable[..., Any], hidden_name: str, call: dict[str, Any]) -> Any:
+        """Run decoder layer `index`, or return its input if it lies outside the range.
+
+        Args:
+            index: The layer.
+            stock: The layer's stock call.
+            hidden_name: The name of the argument that holds the hidden states.
+            call: The layer's arguments by name.
+        """
+        hidden = call.pop(hidden_name)
+        if index == self.start and self.states is not None and self.replaced is not None:
+            replaced = self.replaced.to(hidden.device)
+            hidden = torch.where(replaced[:, None], self.states.to(hidden.device), hidden)
+        if index in self.recorded:
+            self.inputs[index] = hidden
         if not self.start <= index < self.stop:
             return (hidden,) if self.in_tuples else hidden
         call["attention_mask"] = self.mask(index, hidden.dtype)
@@ -48,22 +63,27 @@ class Section:
         return output
 
 
-def mask_maker(
-    seen: Tensor, rows: Tensor, keys: Tensor, windows: Sequence[int | None]
-) -> Callable[[int, torch.dtype], Tensor]:
-    """Makes `Section.mask` from `seen` (B|1, R, K) bool: 0 where a key is seen, else the lowest number.
+def mask_of_layers(visible: Tensor, rows: Tensor, keys: Tensor, windows: Sequence[int | None]) -> MaskOfLayer:
+    """Return a function for `LayerRange.mask`, whose masks are 0 for visible keys and else the lowest number.
 
-    `rows` (B|1, R) and `keys` (B|1, K) are positions in the full sequence, in which sliding windows are
-    measured. One mask serves all layers of a window: sdpa would convert a bool one in each of them.
+    All layers with the same window share one mask. A bool mask would be converted by sdpa in each layer.
+
+    Args:
+        visible: (B|1, R, K) bool, the keys that each row attends to without a window.
+        rows: (B|1, R) positions of the rows in the full sequence, in which windows are measured.
+        keys: (B|1, K) positions of the keys.
+        windows: The sliding window of each layer; None for a layer without one.
     """
-    made: dict[int | None, Tensor] = {}
+    masks: dict[int | None, Tensor] = {}
 
     def mask(layer: int, dtype: torch.dtype) -> Tensor:
         window = windows[layer]
-        if window not in made:
-            visible = seen if window is None else seen & (rows[:, :, None] - keys[:, None, :] < window)
+        if window not in masks:
+            attended = visible
+            if window is not None:
+                attended = visible & (rows[:, :, None] - keys[:, None, :] < window)
             lowest = torch.finfo(dtype).min
-            made[window] = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, lowest)[:, None]
-        return made[window]
+            masks[window] = torch.zeros_like(attended, dtype=dtype).masked_fill_(~attended, lowest)[:, None]
+        return masks[window]
 
     return mask

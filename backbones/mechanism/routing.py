@@ -1,8 +1,8 @@
-"""What `deep_insert` installs on a model: calls around its decoder stack and layers, hooks before them.
+"""Installs DeepInsert on one model and routes its stack and layer calls.
 
-The hooks see where features go; the stack's call plans which rows are alive in which layers; each layer's
-call is given those rows. Calls are replaced by giving a module a subclass of its class with the same name: a
-hook would run again when gradient checkpointing recomputes a layer, the outer `__call__` does not.
+Hooks before the stack observe where features are placed. The stack's call plans which rows are alive in which
+layers, and each layer's call gets these rows. Calls are replaced by giving a module a subclass of its class
+with the same name.
 """
 
 from __future__ import annotations
@@ -14,374 +14,302 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepinsert.backbones.compat.transformers import attention_of, cache_in, cache_name
 from deepinsert.backbones.errors import UnsupportedModelError
-from deepinsert.backbones.families import (
-    deepest_insert_layer,
-    farthest_position,
-    find_placeholder_owner,
-    is_encoder_decoder,
-    is_recurrent,
-    placeholder_methods,
-    placeholder_token_ids,
-    window_of,
-)
+from deepinsert.backbones.families import is_encoder_decoder, placeholder_token_ids
 from deepinsert.backbones.refusals import check_call
 
-from .cache import LayerKeys, check_can_continue, holds_short_layers, is_short_static, sees_all
+from .cache import LayerKeys, holds_short_layers, is_short_static, sees_all_keys
 from .calls import (
     ATTRIBUTE,
-    EmbeddingHook,
-    called_through,
+    Arguments,
+    StockCall,
+    call_on_static_cache,
+    call_outside_graph,
+    class_with_call,
     map_hidden,
-    on_static_cache,
     one_per_row,
-    outside_the_graph,
 )
 from .forward import Forward
-from .forward_state import OVERRIDES, Driver, Override, Progress
-from .grouping import can_group, in_groups
-from .layer_range import Section
-from .positions import POSITION_ARGUMENTS, Sightings, real_positions, told_positions
-from .rows import Rows, rows_of
+from .forward_state import ACTIVE_OVERRIDES, ForwardState, Override, StackReplacement
+from .grouping import can_group, run_in_groups
+from .layer_limits import LayerLimits
+from .layer_range import LayerRange
+from .observer import PositionObserver
+from .positions import POSITION_ARGUMENTS, ObservedPositions, positions_in_call, real_positions
+from .rows import Stages, plan_stages
 
 
 class Insertion:
-    """The mechanism on one model."""
+    """What `deep_insert` installs on one model.
+
+    Attributes:
+        insert_layer: The permanent insert layer; `insert_at` overrides it.
+        limits: What the decoder layers allow.
+        placeholder_ids: The token ids that stand for multimodal tokens.
+        state: The state of each thread's forward.
+        observer: The hooks that observe where features are placed.
+    """
 
     def __init__(self, model: PreTrainedModel, stack: Any) -> None:
+        """Read what is needed from `model` and its decoder `stack`; `install` changes them."""
         self.stack = stack
         self.insert_layer = 0
-        self.num_layers = len(stack.layers)
-        self.deepest = deepest_insert_layer(stack)
-        self.farthest = farthest_position(stack)
+        self.limits = LayerLimits.of(stack)
         self.stack_arguments = list(inspect.signature(stack.forward).parameters)
         self.layer_arguments = list(inspect.signature(stack.layers[0].forward).parameters)
-        self.recurrent = [is_recurrent(stack, index) for index in range(self.num_layers)]
-        self.windows = [window_of(stack, index) for index in range(self.num_layers)]
-        self.owner = find_placeholder_owner(model)
         self.causal = not is_encoder_decoder(model)
-        self.embedding = model.get_input_embeddings()
-        self.entrance = model.base_model
         self.placeholder_ids = sorted(placeholder_token_ids(model.config))
-        self.told = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
-        self.progress = Progress()
-        self.compiled_seen = Sightings()
-        self.overrides = 0
-        """How many `insert_at` are open: what compiled code can know of them."""
-        self.handles: list[Any] = []
-
-    def check(self, layers: Sequence[int]) -> None:
-        wrong = [layer for layer in layers if not 0 <= layer <= self.deepest]
-        if wrong or not layers:
-            limit = (
-                "the number of decoder layers of this model"
-                if self.deepest == self.num_layers
-                else f"the first of its {self.num_layers} decoder layers whose keys later layers share"
-            )
-            raise ValueError(
-                f"insert layer {wrong or list(layers)}: give 0 (stock) to {self.deepest}, {limit}"
-            )
-
-    def check_window(self, index: int, keys: LayerKeys) -> None:
-        """FlashAttention measures a window in the rows it is given. One new row that its cache keeps a window
-        for is given no other."""
-        window, total = self.windows[index], keys.past + keys.length
-        if window is None or total <= window or (keys.length == 1 and keys.windowed):
-            return
-        raise UnsupportedModelError(
-            f"{attention_of(self.stack.config)!r} measures the window of {window} positions of layer "
-            f"{index} in rows, which are fewer than the {total} positions: call "
-            'model.set_attn_implementation("sdpa"), or insert at layer 0'
-        )
+        self.stack_takes_positions = bool(set(POSITION_ARGUMENTS) & set(self.stack_arguments))
+        self.state = ForwardState()
+        self.observer = PositionObserver(model, stack, self.state)
+        self.open_overrides = 0  # compiled code can read this number, but not the overrides
 
     def install(self) -> None:
+        """Replace the calls of the stack and its layers, and register the hooks."""
         setattr(self.stack, ATTRIBUTE, self)
-        kind: Any = type(self.stack)
-        self.stack.__class__ = called_through(kind, "call_stack")
+        stock_class: Any = type(self.stack)
+        self.stack.__class__ = class_with_call(stock_class, "call_stack")
         for index, layer in enumerate(self.stack.layers):
             setattr(layer, ATTRIBUTE, (self, (index,)))
-            kind = type(layer)
-            layer.__class__ = called_through(kind, "call_layer")
-        self.handles = [
-            self.embedding.register_forward_hook(EmbeddingHook(self)),
-            self.entrance.register_forward_pre_hook(self.entered, with_kwargs=True),
-            self.entrance.register_forward_hook(self.left, always_call=True),
-        ]
-        for name in placeholder_methods(self.owner):
-            # A partial of bound methods, unlike a closure, is copied right by copy.deepcopy.
-            setattr(self.owner, name, partial(self.saw_placeholders, getattr(self.owner, name)))
+            stock_class = type(layer)
+            layer.__class__ = class_with_call(stock_class, "call_layer")
+        self.observer.install()
 
     def uninstall(self) -> None:
+        """Undo `install`: afterwards the model is stock."""
         for module in (self.stack, *self.stack.layers):
             module.__class__ = type(module)._stock_class
             delattr(module, ATTRIBUTE)
-        for handle in self.handles:
-            handle.remove()
-        for name in placeholder_methods(self.owner):
-            delattr(self.owner, name)
+        self.observer.uninstall()
 
     @contextmanager
     def overridden(self, override: Override) -> Iterator[None]:
-        token = OVERRIDES.set(OVERRIDES.get() | {id(self): override})
-        self.overrides += 1
+        """Use the insert layers of `override` inside this block, in the current thread or task only."""
+        token = ACTIVE_OVERRIDES.set(ACTIVE_OVERRIDES.get() | {id(self): override})
+        self.open_overrides += 1
         try:
             yield
         finally:
-            self.overrides -= 1
-            OVERRIDES.reset(token)
+            self.open_overrides -= 1
+            ACTIVE_OVERRIDES.reset(token)
 
     @contextmanager
-    def driven(self, driver: Driver) -> Iterator[None]:
-        """`driver` is called in place of the stack, in this thread."""
-        outer, self.progress.driver = self.progress.driver, driver
+    def stack_replaced(self, replacement: StackReplacement) -> Iterator[None]:
+        """Call `replacement` in place of the stack inside this block, in the current thread only."""
+        outer, self.state.replacement = self.state.replacement, replacement
         try:
             yield
         finally:
-            self.progress.driver = outer
+            self.state.replacement = outer
 
     @contextmanager
-    def running(self, section: Section) -> Iterator[None]:
-        """The layers go through `section`, in this thread."""
-        outer, self.progress.section = self.progress.section, section
+    def within(self, layer_range: LayerRange) -> Iterator[None]:
+        """Run the layers through `layer_range` inside this block, in the current thread only."""
+        outer, self.state.layer_range = self.state.layer_range, layer_range
         try:
             yield
         finally:
-            self.progress.section = outer
+            self.state.layer_range = outer
 
     @property
     def override(self) -> Override | None:
-        return OVERRIDES.get().get(id(self))
+        """The active override of this thread or task."""
+        return ACTIVE_OVERRIDES.get().get(id(self))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The insert layers in force: one, or one for each row."""
+        """The insert layers in force: one, or one per row."""
         override = self.override
         return (self.insert_layer,) if override is None else override.layers
 
-    @property
-    def seen(self) -> Sightings:
-        # Dynamo does not know thread-local state; what it traces is run by one thread after the other.
-        return self.compiled_seen if torch.compiler.is_compiling() else self.progress.seen
+    def call_stack(self, stock: StockCall, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Run the decoder stack.
 
-    @seen.setter
-    def seen(self, seen: Sightings) -> None:
-        if torch.compiler.is_compiling():
-            self.compiled_seen = seen
-        else:
-            self.progress.seen = seen
-
-    def entered(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook before the model: the ids, also where the embeddings in use are not the ones we hooked.
-
-        What was embedded before may be another prompt, unless it is what the model is given.
+        Compiled code runs stock forwards and decoding with a static cache; everything else leaves the graph.
         """
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor) and ids.ndim == 2:
-            self.seen = Sightings(input_ids=ids, entered=True)
-        elif kwargs.get("inputs_embeds") is not self.seen.embedded:
-            self.seen = Sightings()
-
-    def left(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Hook after the model, also where it failed before the stack."""
-        self.seen = Sightings()
-
-    def saw_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Hook on the input embeddings: a forward starts with them, unless the model was given the ids.
-
-        A model may then embed others, with padding in the place of its placeholders (Gemma 4).
-        """
-        if not args or args[0].ndim != 2 or getattr(self.stack, ATTRIBUTE, None) is not self:
-            return
-        if not self.seen.entered:
-            self.seen = Sightings(input_ids=args[0])
-        if self.seen.embedded is None:
-            self.seen.embedded = output
-
-    def saw_placeholders(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A `get_placeholder_mask`, noting where it says that features go."""
-        result = stock(*args, **kwargs)
-        self.seen.see_placeholders(result)
-        return result
-
-    def call_stack(self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The decoder stack. Compiled code runs stock forwards and decoding with a static cache; the rest of
-        what it meets leaves the graph."""
         if not torch.compiler.is_compiling():
-            return self.plan_and_run(stock, args, kwargs, self.progress.seen)
+            return self.plan_and_run(stock, args, kwargs, self.state.observed)
         call = self.bind(args, kwargs)
         past = cache_in(call)
-        untouched = self.insert_layer == 0 and not self.overrides and not holds_short_layers(past)
-        if untouched or self.decodes_statically(call, past):
+        is_stock = self.insert_layer == 0 and not self.open_overrides and not holds_short_layers(past)
+        if is_stock or self.decodes_statically(call, past):
             return stock(*args, **kwargs)
-        return outside_the_graph(self.plan_and_run, stock, args, kwargs, self.compiled_seen)
+        observed = self.observer.observed_by_compiled_code
+        return call_outside_graph(self.plan_and_run, stock, args, kwargs, observed)
 
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The stack's arguments by name."""
+    def bind(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        """Return the stack's arguments by name."""
         return dict(zip(self.stack_arguments, args, strict=False)) | kwargs
 
-    def decodes_statically(self, call: dict[str, Any], past: Any) -> bool:
-        """Whether this is one token on static caches, which the layers' calls alone can do."""
-        given = call.get("inputs_embeds")
-        if given is None:
-            given = call.get("input_ids")
-        return given is not None and given.shape[1] == 1 and past is not None and past.is_compileable
+    def decodes_statically(self, call: Arguments, past: Any) -> bool:
+        """Whether this is one token on static caches, for which the layers' calls alone suffice."""
+        tokens = call.get("inputs_embeds")
+        if tokens is None:
+            tokens = call.get("input_ids")
+        return tokens is not None and tokens.shape[1] == 1 and past is not None and past.is_compileable
 
     def plan_and_run(
-        self, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any], seen: Sightings
+        self, stock: StockCall, args: tuple[Any, ...], kwargs: Arguments, observed: ObservedPositions
     ) -> Any:
-        """Plan the stages, then call the stack, once or once for each group of rows."""
-        progress, layers = self.progress, self.layers
+        """Plan the stages, then call the stack, once or once per group of rows.
+
+        Args:
+            stock: The stack's stock call.
+            args: Its positional arguments.
+            kwargs: Its named arguments.
+            observed: What the forward has shown about its positions.
+        """
+        state, layers = self.state, self.layers
         call = self.bind(args, kwargs)
-        progress.seen, progress.depth = Sightings(), progress.depth + 1
+        state.observed, state.open_stack_calls = ObservedPositions(), state.open_stack_calls + 1
         try:
-            if progress.driver is not None:
-                return progress.driver(stock, call, seen)
+            if state.replacement is not None:
+                return state.replacement(stock, call, observed)
             if max(layers) == 0 and not holds_short_layers(cache_in(call)):
                 return stock(*args, **kwargs)
             embeds = call.get("inputs_embeds")
             if embeds is None:
                 per_row = one_per_row(layers, call["input_ids"].shape[0])
                 return self.run(stock, per_row, None, call, partial(self.plan_inside, per_row, call))
-            multimodal = self.multimodal(seen, embeds)
+            multimodal = self.multimodal_positions(observed, embeds)
             if multimodal is not None:
                 check_call(self.stack, call)
             per_row = one_per_row(layers, embeds.shape[0])
             if multimodal is not None and can_group(self.stack, per_row, call):
-                return in_groups(partial(self.run, stock), per_row, multimodal, call)
+                return run_in_groups(partial(self.run, stock), per_row, multimodal, call)
             return self.run(stock, per_row, multimodal, call)
         finally:
-            # A stack that embeds ids itself has been seen to do so: of no concern to the next forward.
-            progress.seen, progress.depth = Sightings(), progress.depth - 1
+            # A stack that embeds ids itself was observed doing so; the next forward must not see this.
+            state.observed, state.open_stack_calls = ObservedPositions(), state.open_stack_calls - 1
 
-    def multimodal(self, seen: Sightings, embeds: Tensor) -> Tensor | None:
-        """(B, S) bool of the positions that wait; None where there are none."""
+    def multimodal_positions(self, observed: ObservedPositions, embeds: Tensor) -> Tensor | None:
+        """Return the (B, S) bool positions that wait; None if there are none."""
         if max(self.layers) == 0:
             return None
-        return seen.multimodal(
-            embeds, self.placeholder_ids, self.override.multimodal if self.override else None
-        )
+        explicit = self.override.multimodal if self.override else None
+        return observed.multimodal(embeds, self.placeholder_ids, explicit)
 
-    def plan_inside(
-        self, layers: Sequence[int], call: dict[str, Any], embeds: Tensor
-    ) -> dict[int, Rows | None]:
-        """The stages where the stack itself embeds the ids, and may scatter features (Chameleon): its first
-        layer's input `embeds` is the first that can tell."""
-        seen = self.progress.seen
-        if self.told:
-            seen = Sightings(scattered=told_positions(call), embedded=embeds)
-        multimodal = self.multimodal(seen, embeds)
+    def plan_inside(self, layers: Sequence[int], call: Arguments, embeds: Tensor) -> Stages:
+        """Plan the stages if the stack itself embeds the ids, and may place features (Chameleon).
+
+        Then the input `embeds` (B, S, D) of its first layer is the first tensor that shows the features.
+        """
+        observed = self.state.observed
+        if self.stack_takes_positions:
+            observed = ObservedPositions(placeholders=positions_in_call(call), embeddings=embeds)
+        multimodal = self.multimodal_positions(observed, embeds)
         return {} if multimodal is None else self.plan(layers, multimodal, call)
+
+    def plan(self, layers: Sequence[int], multimodal: Tensor, call: Arguments) -> Stages:
+        """Plan the stages of a call of the stack, with the insert layer of each row."""
+        past = cache_in(call)
+        past_length = 0 if past is None else int(past.get_seq_length())
+        real = real_positions(call.get("attention_mask"), multimodal, past_length)
+        return plan_stages(layers, multimodal, real, self.limits.num_layers)
 
     def run(
         self,
-        stock: Callable[..., Any],
+        stock: StockCall,
         layers: Sequence[int],
         multimodal: Tensor | None,
-        call: dict[str, Any],
-        plan: Callable[[Tensor], dict[int, Rows | None]] | None = None,
+        call: Arguments,
+        plan: Callable[[Tensor], Stages] | None = None,
     ) -> Any:
-        """One call of the stock stack; `layers` has one insert layer for each of its rows."""
+        """Call the stock stack once, with the rows that are alive in each layer.
+
+        Args:
+            stock: The stack's stock call.
+            layers: The insert layer of each row.
+            multimodal: (B, S) bool, the multimodal positions; None if there are none, or for `plan` to find.
+            call: The stack's arguments by name.
+            plan: Makes the stages from the input of layer 0.
+        """
         embeds = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
         forward = Forward(
             length=embeds.shape[1],
             stages={} if multimodal is None else self.plan(layers, multimodal, call),
             causal=self.causal,
             flash="flash" in attention_of(self.stack.config),
-            between=any(name.startswith("deepstack") and call[name] is not None for name in call),
+            adds_between_layers=any(name.startswith("deepstack") and call[name] is not None for name in call),
             plan=plan,
         )
-        outer, self.progress.forward = self.progress.forward, forward
+        outer, self.state.forward = self.state.forward, forward
         try:
             output = stock(**call)
         finally:
-            self.progress.forward = outer
+            self.state.forward = outer
         states = getattr(output, "hidden_states", None)
         if states is not None:
             output.hidden_states = tuple(forward.full_length(states))
         return output
 
-    def plan(self, layers: Sequence[int], multimodal: Tensor, call: dict[str, Any]) -> dict[int, Rows | None]:
-        """Rows alive from each layer on at which that changes; real padding never enters a short layer."""
-        deepest = max(layers)
-        per_row = torch.tensor(layers, device=multimodal.device)
-        past = cache_in(call)
-        seen = 0 if past is None else int(past.get_seq_length())
-        real = real_positions(call.get("attention_mask"), multimodal, seen)
-        stages: dict[int, Rows | None] = {}
-        for layer in sorted({0, *layers}):
-            if layer == deepest:
-                stages[layer] = None
-            else:
-                waiting = multimodal & (per_row > layer)[:, None]
-                rows = rows_of(real & ~waiting)
-                everything = not rows.ragged and rows.count == rows.length
-                stages[layer] = None if everything else rows
-        if deepest == self.num_layers:
-            del stages[deepest]
-        return stages
+    def call_layer(self, index: int, stock: StockCall, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Run decoder layer `index` with the rows that are alive in it.
 
-    def call_layer(self, index: int, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Decoder layer `index`, called with the rows that are alive in it."""
+        Args:
+            index: The layer.
+            stock: Its stock call.
+            args: Its positional arguments.
+            kwargs: Its named arguments.
+        """
         compiling = torch.compiler.is_compiling()
-        forward = None if compiling else self.progress.forward
-        if not compiling and self.progress.section is not None:
+        forward = None if compiling else self.state.forward
+        if not compiling and self.state.layer_range is not None:
             call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
-            return self.progress.section.call(index, stock, self.layer_arguments[0], call)
+            return self.state.layer_range.call(index, stock, self.layer_arguments[0], call)
         if forward is None and not compiling:
-            if self.progress.depth == 0 and max(self.layers) > 0:
+            if self.state.open_stack_calls == 0 and max(self.layers) > 0:
                 raise UnsupportedModelError(
                     "a decoder layer was called by itself, outside of its stack: an insert layer needs the "
                     "whole model's forward; insert at layer 0, or call the model"
                 )
             return stock(*args, **kwargs)
-        # Names, so that a tensor handed over by position is recognised too.
+        # By name, so that a tensor that was passed by position is recognised too.
         call = dict(zip(self.layer_arguments, args, strict=False)) | kwargs
         past = cache_in(call)
-        if forward is None or (forward.whole_at(index) and is_short_static(past, index)):
+        if forward is None or (forward.has_all_rows(index) and is_short_static(past, index)):
             if forward is not None:
-                # Rows may join here: an earlier turn on this cache had them wait longer.
-                first = self.layer_arguments[0]
-                call[first] = forward.enter(index, call[first])
-            return on_static_cache(index, stock, call, 1 if forward is None else forward.length)
-        if forward.decodes and not forward.flash and sees_all(past, index, call.get("attention_mask")):
+                # Rows may join here, if an earlier turn on this cache had a deeper insert layer.
+                hidden_name = self.layer_arguments[0]
+                call[hidden_name] = forward.enter(index, call[hidden_name])
+            return call_on_static_cache(index, stock, call, 1 if forward is None else forward.length)
+        if forward.decodes and not forward.flash and sees_all_keys(past, index, call.get("attention_mask")):
             return stock(*args, **kwargs)
         return self.call_with_rows(index, stock, call, past, forward)
 
     def call_with_rows(
-        self, index: int, stock: Callable[..., Any], call: dict[str, Any], past: Any, forward: Forward
+        self, index: int, stock: StockCall, call: Arguments, past: Any, forward: Forward
     ) -> Any:
+        """Run a layer on the alive rows, and record in its cache where their keys are.
+
+        Args:
+            index: The layer.
+            stock: Its stock call.
+            call: Its arguments by name.
+            past: The KV cache, or None.
+            forward: The forward in progress.
+        """
         hidden = forward.enter(index, call.pop(self.layer_arguments[0]))
         keys = LayerKeys(past, index, forward.length)
         if forward.flash and (forward.rows is not None or keys.short):
-            self.check_window(index, keys)
+            self.limits.check_window(index, keys, attention_of(self.stack.config))
         if forward.rows is None and not keys.needs_mask(call.get("attention_mask")):
             return stock(hidden, **call)
+        is_recurrent = self.limits.recurrent[index]
         if forward.rows is not None:
-            self.check_can_leave_out(index, call, keys, forward.rows)
-            if self.recurrent[index] and forward.rows.empty:
-                # The dummies' state is nobody's.
+            self.limits.check_can_leave_out(index, call, keys, forward.rows)
+            if is_recurrent and forward.rows.empty:
+                # All rows are dummies, whose state must not be stored.
                 call[cache_name(call)] = None
         columns = forward.columns(keys, hidden)
-        output = stock(hidden, **forward.select(call, columns, self.recurrent[index]))
+        output = stock(hidden, **forward.select(call, columns, is_recurrent))
         if forward.rows is None:
             return output
         keys.record(forward.keymap(columns, keys.past), hidden.shape[-2])
-        if forward.between or index == self.num_layers - 1:
+        if forward.adds_between_layers or index == self.limits.num_layers - 1:
             return map_hidden(output, forward.put_back)
         return output
-
-    def check_can_leave_out(self, index: int, call: dict[str, Any], keys: LayerKeys, rows: Rows) -> None:
-        """Raise where layer `index` or its cache cannot be given some rows only."""
-        keys.check_can_skip(call.get("attention_mask"))
-        if self.recurrent[index] and rows.ragged and not rows.empty:
-            check_can_continue(cache_in(call), index)
-        end = keys.past + keys.length
-        if self.farthest is not None and end > self.farthest:
-            raise UnsupportedModelError(
-                f"a prompt of {end} positions: this model scales attention by the number of a row from "
-                f"{self.farthest + 1} on, which a layer without all rows gets wrong; insert at layer 0"
-            )

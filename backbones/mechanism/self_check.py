@@ -1,7 +1,7 @@
-"""A trial of the mechanism under versions of transformers and torch that nobody has tried yet.
+"""A self-check of the mechanism under versions of transformers and torch that were not tested before.
 
 A LLaVA of a few thousand weights is compared with itself: stock, with multimodal tokens masked, with and
-without a cache, alone and in a batch. What passed is remembered per combination of versions.
+without a cache, alone and in a batch. Combinations of versions that pass are recorded in a file.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from deepinsert.backbones.compat.versions import installed, is_tried, tried_rang
 from deepinsert.backbones.errors import UntriedVersionError
 from deepinsert.backbones.families import find_stack
 
-from .calls import ATTRIBUTE
+from .calls import ATTRIBUTE, map_hidden
 from .forward_state import Override
 from .routing import Insertion
 
 SWITCH = "DEEPINSERT_SELF_CHECK"
-"""The environment variable that is 0 to do without."""
+"""The environment variable that switches the self-check off if it is 0."""
 
 IMAGE, IMAGE_TOKENS, WORDS = 5, 4, 32
+"""The image token's id, the number of image tokens, and the size of the vocabulary."""
+
 LAYERS, INSERT_LAYER = 3, 2
 TOLERANCE = 1e-4
+"""The largest difference of logits that counts as rounding."""
 
 _STOCK_REGISTRATION = nn.Module.register_parameter, nn.Module.register_buffer
 _lock = threading.RLock()
@@ -43,30 +46,30 @@ log = logging.getLogger("deepinsert")
 
 
 def check_versions() -> None:
-    """Try the mechanism, once, where the installed versions are not among those that are known to work.
+    """Run the self-check once, unless the installed versions were tested or have passed it before.
 
-    Raises `UntriedVersionError` naming the versions, what failed, and the range that works.
+    Raises `UntriedVersionError`, which names the versions, the failed check, and the tested range.
     """
     if _state["passed"] or os.environ.get(SWITCH) == "0":
         return
     with _lock:
-        if _state["passed"] or _state["trying"]:  # the trial itself inserts; other threads wait for it
+        if _state["passed"] or _state["trying"]:  # the trial itself calls this; other threads wait for it
             return
         _state["trying"] = True
         try:
-            if not is_tried() and not _remembered():
+            if not is_tried() and not _has_passed():
                 run_trial()
-                _remember()
+                _record_pass()
             _state["passed"] = True
         finally:
             _state["trying"] = False
 
 
 def run_trial() -> None:
-    """The trial itself. Raises `UntriedVersionError`."""
+    """Run all checks. Raises `UntriedVersionError` if one fails."""
     names = f"transformers {installed('transformers')} with torch {installed('torch')}"
     started = time.perf_counter()
-    with _apart():
+    with _isolated():
         for name, check in CHECKS.items():
             try:
                 fault = check()
@@ -74,20 +77,23 @@ def run_trial() -> None:
                 fault = f"{type(error).__name__}: {error}"
             if fault:
                 raise UntriedVersionError(
-                    f"{names}, which nobody has tried, does not work: {name}: {fault}. {tried_range()}; "
+                    f"{names} was not tested before and does not work: {name}: {fault}. {tried_range()}; "
                     f"install one of them, or set {SWITCH}=0 to go on at the risk of wrong numbers"
                 )
-    log.info("%s: not tried before; the self-check passed in %.1f s", names, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    log.info("%s was not tested before; it passed the self-check in %.1f s", names, seconds)
 
 
 def _layer_0() -> str:
+    """Compare insert layer 0 with the stock model, bit for bit; return the fault, or nothing."""
     stock, inputs = _model(), _inputs()
     return _difference(_logits(_inserted(stock, 0), inputs), _logits(stock, inputs), 0.0)
 
 
 def _masked_reference() -> str:
+    """Compare an insert layer with stock layers that mask multimodal tokens; return the fault, or nothing."""
     stock, inputs = _model(), _inputs()
-    with _waiting(stock.model.language_model.layers, inputs["input_ids"][0] == IMAGE):
+    with _multimodal_waiting(stock.model.language_model.layers, inputs["input_ids"][0] == IMAGE):
         expected = _logits(stock, inputs)
     if torch.allclose(expected, _logits(stock, inputs), atol=TOLERANCE):
         return "an insert layer changes nothing"
@@ -95,14 +101,19 @@ def _masked_reference() -> str:
 
 
 def _cached_generation() -> str:
+    """Compare generation with and without the KV cache; return the fault, or nothing."""
     model, inputs = _inserted(_model(), INSERT_LAYER), _inputs(rows=2)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        cached, again = (model.generate(**inputs, **options, use_cache=kept) for kept in (True, False))
-    return "" if torch.equal(cached, again) else f"tokens {cached.tolist()} and without it {again.tolist()}"
+        cached = model.generate(**inputs, **options, use_cache=True)
+        recomputed = model.generate(**inputs, **options, use_cache=False)
+    if torch.equal(cached, recomputed):
+        return ""
+    return f"tokens {cached.tolist()} and without it {recomputed.tolist()}"
 
 
 def _one_layer_per_row() -> str:
+    """Compare rows with different insert layers with each row alone; return the fault, or nothing."""
     model, inputs, layers = _inserted(_model(), 0), _inputs(rows=2), (INSERT_LAYER, 1)
     insertion = getattr(find_stack(model), ATTRIBUTE)
     with insertion.overridden(Override(layers)):
@@ -122,9 +133,11 @@ CHECKS: dict[str, Callable[[], str]] = {
     "generation with the cache against generation without it": _cached_generation,
     "one insert layer per row against each row alone": _one_layer_per_row,
 }
+"""Each check by name. It returns the fault, or an empty string."""
 
 
 def _model() -> Any:
+    """Build a small LLaVA with random weights, on the CPU in float32."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -135,29 +148,31 @@ def _model() -> Any:
         image_token_index=IMAGE,
     )
     with _real_parameters():
-        model: Any = LlavaForConditionalGeneration(config).eval()
+        model: Any = LlavaForConditionalGeneration(config)
+    model.eval()
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
-                weight.mul_(8)  # so that a wrong row shows
+                weight.mul_(8)  # so that a wrong row shows in the logits
     model.generation_config.eos_token_id = None
     model.generation_config.suppress_tokens = [IMAGE]
     return model
 
 
 def _inputs(rows: int = 1, only: int | None = None) -> dict[str, Tensor]:
-    """A row of words and an image, and a longer one; padded on the left, or one of them alone."""
+    """Return the inputs of one or two rows with words and an image, padded on the left; or of row `only`."""
     texts = [[7, 8, *[IMAGE] * IMAGE_TOKENS, 9, 10], [11, *[IMAGE] * IMAGE_TOKENS, 12, 13, 14, 15]][:rows]
     longest = max(map(len, texts))
-    chosen = range(rows) if only is None else [only]
-    padded = [[0] * (longest - len(texts[row])) + texts[row] for row in chosen]
+    indices = range(rows) if only is None else [only]
+    padded = [[0] * (longest - len(texts[row])) + texts[row] for row in indices]
     ids = torch.tensor(padded if only is None else [texts[only]])
     pixels = torch.linspace(-1, 1, rows * 3 * 64).view(rows, 3, 8, 8).sin()
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels[list(chosen)]}
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels[list(indices)]}
 
 
 def _inserted(model: Any, layer: int) -> Any:
+    """Return a copy of the model with an insert layer."""
     inserted = copy.deepcopy(model)
     insertion = Insertion(inserted, find_stack(inserted))
     insertion.install()
@@ -166,30 +181,31 @@ def _inserted(model: Any, layer: int) -> Any:
 
 
 def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the logits (B, S, V) of one forward without a cache."""
     with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
 
 
-def _difference(got: Tensor, expected: Tensor, allowed: float) -> str:
-    most = float((got - expected).abs().max())
-    return f"logits differ by {most:.2g}" if not most <= allowed else ""
+def _difference(logits: Tensor, expected: Tensor, allowed: float) -> str:
+    """Return a sentence about logits that differ by more than `allowed`, or are NaN; else nothing."""
+    largest = float((logits - expected).abs().max())
+    return "" if largest <= allowed else f"logits differ by {largest:.2g}"
 
 
 @contextmanager
-def _waiting(layers: nn.ModuleList, multimodal: Tensor) -> Iterator[None]:
-    """Below the insert layer the positions `multimodal` (S,) stay as they are, and no other sees them."""
-    entered: list[Tensor] = []
+def _multimodal_waiting(layers: nn.ModuleList, multimodal: Tensor) -> Iterator[None]:
+    """Below the insert layer, leave the positions `multimodal` (S,) unchanged and hidden from all others."""
+    layer_input: list[Tensor] = []
 
-    def before(layer: nn.Module, args: tuple, call: dict[str, Any]) -> Any:
-        entered[:] = args[:1] or [call["hidden_states"]]
-        seen = torch.ones(len(multimodal), len(multimodal), dtype=torch.bool).tril()
-        seen &= multimodal[:, None] | ~multimodal[None, :]
-        return args, call | {"attention_mask": seen[None, None]}
+    def before(layer: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
+        layer_input[:] = args[:1] or [call["hidden_states"]]
+        visible = torch.ones(len(multimodal), len(multimodal), dtype=torch.bool).tril()
+        visible &= multimodal[:, None] | ~multimodal[None, :]
+        return args, call | {"attention_mask": visible[None, None]}
 
-    def after(layer: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        kept = torch.where(multimodal[:, None], entered[0], hidden)
-        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+    def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return map_hidden(output, lambda hidden: torch.where(multimodal[:, None], layer_input[0], hidden))
 
     handles = []
     for layer in layers[:INSERT_LAYER]:
@@ -204,9 +220,12 @@ def _waiting(layers: nn.ModuleList, multimodal: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _real_parameters() -> Iterator[None]:
-    """Modules made here have parameters of their own, also where accelerate's `init_empty_weights`, which
-    replaces methods of `nn.Module`, would put them on the meta device."""
+    """Create modules with real parameters inside this block.
+
+    accelerate's `init_empty_weights` replaces methods of `nn.Module` and would put them on the meta device.
+    """
     replaced = nn.Module.register_parameter, nn.Module.register_buffer
+    # mypy forbids to assign methods, as accelerate does.
     nn.Module.register_parameter, nn.Module.register_buffer = _STOCK_REGISTRATION  # type: ignore[method-assign]
     try:
         yield
@@ -215,8 +234,8 @@ def _real_parameters() -> Iterator[None]:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """On the CPU in float32, without a trace in the caller's random numbers."""
+def _isolated() -> Iterator[None]:
+    """Compute on the CPU in float32 inside this block, and leave the caller's random state unchanged."""
     default = torch.get_default_dtype()
     with (
         torch.random.fork_rng(devices=[]),
@@ -231,36 +250,39 @@ def _apart() -> Iterator[None]:
             torch.set_default_dtype(default)
 
 
-def _memory() -> Path:
+def _record_file() -> Path:
+    """Return the file that lists the combinations of versions that passed."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepinsert" / "self_check.json"
 
 
-def _key() -> str:
+def _combination() -> str:
+    """Return the installed versions as one line."""
     try:
-        own = version("deepinsert")
+        package = version("deepinsert")
     except PackageNotFoundError:  # run from a checkout
-        own = "none"
-    return f"deepinsert {own}, transformers {installed('transformers')}, torch {version('torch')}"
+        package = "none"
+    return f"deepinsert {package}, transformers {installed('transformers')}, torch {version('torch')}"
 
 
-def _remembered() -> bool:
+def _has_passed() -> bool:
+    """Whether the file lists the installed versions."""
     try:
-        return _key() in json.loads(_memory().read_text("utf-8"))
+        return _combination() in json.loads(_record_file().read_text("utf-8"))
     except (OSError, ValueError):
         return False
 
 
-def _remember() -> None:
-    """Note that these versions passed; where nothing can be written, each process tries anew."""
-    path = _memory()
+def _record_pass() -> None:
+    """Record that the installed versions passed; if the file cannot be written, each process checks again."""
+    path = _record_file()
     try:
-        known = json.loads(path.read_text("utf-8"))
+        combinations = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        known = []
+        combinations = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(sorted({*known, _key()})), "utf-8")
+        temporary.write_text(json.dumps(sorted({*combinations, _combination()})), "utf-8")
         temporary.replace(path)
     except OSError as error:
-        log.debug("the self-check is not remembered: %s", error)
+        log.debug("The self-check could not be recorded: %s", error)

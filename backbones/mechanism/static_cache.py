@@ -1,9 +1,9 @@
-"""Static cache layers some of whose positions were skipped.
+"""Static cache layers in which some positions were skipped.
 
-A static layer has a slot for every position from the start, so skipping saves no memory in it. The keys of a
-short prefill are moved to the slots of their own positions; the slots of skipped positions are holes, which
-nobody may see. Slots then mean what they mean to the stock model, also while a sliding window rolls on, and
-decoding needs nothing but one fixed mask a layer: no host synchronisation, no recompilation.
+A static layer has a slot for every position from the start, so skipping saves no memory. The keys of a short
+prefill are moved to the slots of their own positions. The slots of skipped positions are holes, to which no
+row may attend. Slots keep the meaning that they have in the stock model, also while a sliding window rolls
+on, and decoding needs only one fixed mask per layer: no host synchronisation and no recompilation.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from deepinsert.backbones.compat.transformers import UNREGISTERED
 
 
 @memoised
-def _short_kind(kind: Any) -> type:
-    """`kind`, a static cache layer, as one that has skipped tokens: `holes` (B, slots) is True where."""
+def _class_with_holes(stock_class: Any) -> type:
+    """Return the static cache class for layers that have skipped tokens, a subclass of `stock_class`.
 
-    class Short(kind):
+    Its attribute `holes` (B, slots) is True for slots of skipped positions.
+    """
+
+    class Short(stock_class):  # type: ignore[misc]  # the base is a cache class, known at run time
         holes: Tensor
 
         def reset(self) -> None:
             super().reset()
             del self.holes
-            self.__class__ = kind
+            self.__class__ = stock_class
 
         def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
             super().reorder_cache(beam_idx)
@@ -36,73 +39,84 @@ def _short_kind(kind: Any) -> type:
 
     for name, value in UNREGISTERED.items():
         setattr(Short, name, value)
-    Short.__name__ = Short.__qualname__ = f"Short{kind.__name__}"
+    Short.__name__ = Short.__qualname__ = f"Short{stock_class.__name__}"
     return Short
 
 
 def hide_holes(layer: Any, mask: Tensor | None, length: int) -> Tensor:
-    """The stock mask of `length` new text rows, with the holes closed; a sliding window's holes move on."""
-    holes = blocked = layer.holes
+    """Return the stock mask of `length` new text rows with the holes closed.
+
+    The holes of a sliding window move on with it. A mask of None, for one new row, becomes (B, 1, 1, K).
+    """
+    holes = hidden = layer.holes
     if layer.is_sliding:
         past, size = layer.cumulative_length_int, layer.max_cache_len
         if past + length > size:
-            held = holes[:, 1:] if past >= size else holes[:, :past]
-            blocked = torch.cat([held, holes.new_zeros(holes.shape[0], length)], dim=1)
-            holes.copy_(blocked[:, -size:])
+            earlier = holes[:, 1:] if past >= size else holes[:, :past]
+            hidden = torch.cat([earlier, holes.new_zeros(holes.shape[0], length)], dim=1)
+            holes.copy_(hidden[:, -size:])
     if mask is None:
         assert length == 1, "a static cache comes with a mask"
-        return ~blocked[:, None, None, :]
+        visible: Tensor = ~hidden[:, None, None, :]
+        return visible
     if mask.ndim == 2:
-        return mask.masked_fill(blocked, 0)
+        return mask.masked_fill(hidden, 0)
     lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(blocked[:, None, None, :], lowest)
+    return mask.masked_fill(hidden[:, None, None, :], lowest)
 
 
 def _first_position(layer: Any, total: int) -> int:
-    """Position of slot 0 when `total` positions have been seen."""
-    sliding = layer.is_sliding
-    return max(total - layer.max_cache_len, 0) if sliding else 0
+    """Return the position of slot 0 after `total` positions."""
+    return max(total - layer.max_cache_len, 0) if layer.is_sliding else 0
 
 
-def returned_columns(layer: Any, new: Tensor, past: int) -> Tensor:
-    """(B, K) positions of the keys that the layer's next update returns; -1 for slots that hold nothing.
+def returned_columns(layer: Any, new_positions: Tensor, past: int) -> Tensor:
+    """Return the positions (B, K) of the keys that the layer's next update returns; -1 for empty slots.
 
-    `new` (B, R) are the positions of the rows to come, `past` those seen before.
+    `new_positions` (B, R) are the positions of the rows to come, `past` is the number of earlier positions.
     """
-    size, batch = layer.max_cache_len, new.shape[0]
-    held = (torch.arange(size, device=new.device) + _first_position(layer, past)).expand(batch, -1)
-    held = held.masked_fill(held >= past, -1)
+    size, (batch, count) = layer.max_cache_len, new_positions.shape
+    slots = torch.arange(size, device=new_positions.device) + _first_position(layer, past)
+    stored = slots.expand(batch, -1)
+    stored = stored.masked_fill(stored >= past, -1)
     if hasattr(layer, "holes"):
-        held = held.masked_fill(layer.holes, -1)
+        stored = stored.masked_fill(layer.holes, -1)
     if layer.is_sliding:
         if past >= size:
-            return torch.cat([held[:, 1:], new], dim=1)
-        if past + new.shape[1] > size:
-            return torch.cat([held[:, :past], new], dim=1)
-    return torch.cat([held[:, :past], new, held[:, past + new.shape[1] :]], dim=1)
+            return torch.cat([stored[:, 1:], new_positions], dim=1)
+        if past + count > size:
+            return torch.cat([stored[:, :past], new_positions], dim=1)
+    return torch.cat([stored[:, :past], new_positions, stored[:, past + count :]], dim=1)
 
 
-def lay_out(layer: Any, columns: Tensor, past: int, rows: int, length: int) -> None:
-    """After an update with `rows` rows of `length` positions: move each key to its position's slot.
+def move_keys_to_slots(layer: Any, columns: Tensor, past: int, rows: int, length: int) -> None:
+    """Move each key to the slot of its position, after an update of a layer that lacks rows.
 
-    `columns` are those that the update returned. Done in place: compiled code knows the buffers by address.
+    The buffers are changed in place, since compiled code knows them by their address.
+
+    Args:
+        layer: The static cache layer.
+        columns: (B, K) positions of the keys that the update returned; see `returned_columns`.
+        past: The number of positions before the update.
+        rows: The number R of rows that the layer got.
+        length: The number S of new positions in the full sequence.
     """
     size, total = layer.max_cache_len, past + length
     first = _first_position(layer, total)
-    held = columns[:, columns.shape[1] - size :]
-    slot = torch.where(held >= first, held - first, size)
-    for stored in (layer.keys, layer.values):
-        index = slot[:, None, :, None].expand_as(stored)
-        spare = stored.new_zeros(*stored.shape[:2], 1, stored.shape[3])
-        empty = torch.cat([torch.zeros_like(stored), spare], dim=2)
-        stored.copy_(empty.scatter(2, index, stored)[:, :, :size])
+    stored_columns = columns[:, columns.shape[1] - size :]
+    slot = torch.where(stored_columns >= first, stored_columns - first, size)
+    for buffer in (layer.keys, layer.values):
+        index = slot[:, None, :, None].expand_as(buffer)
+        spare = buffer.new_zeros(*buffer.shape[:2], 1, buffer.shape[3])
+        empty = torch.cat([torch.zeros_like(buffer), spare], dim=2)
+        buffer.copy_(empty.scatter(2, index, buffer)[:, :, :size])
     vacant = torch.ones(len(slot), size + 1, dtype=torch.bool, device=slot.device).scatter(1, slot, False)
     holes = vacant[:, :size] & (torch.arange(size, device=slot.device) + first < total)
     if hasattr(layer, "holes"):
         layer.holes.copy_(holes)
     else:
-        kind: Any = type(layer)
-        layer.__class__ = _short_kind(kind)
+        stock_class: Any = type(layer)
+        layer.__class__ = _class_with_holes(stock_class)
         layer.holes = holes
         mark_static_address(holes)
     if layer.is_sliding:

@@ -17,7 +17,7 @@ from deepinsert import UnsupportedCacheError
 from deepinsert.backbones import UnsupportedModelError, deep_insert, insert_at
 from deepinsert.backbones.compat.transformers import QUANTISED, STATIC_COUNTS
 from deepinsert.backbones.mechanism.cache import LayerKeys, stored_keys
-from deepinsert.backbones.mechanism.routing import ATTRIBUTE
+from deepinsert.backbones.mechanism.calls import ATTRIBUTE
 
 WINDOW = 6
 ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]
@@ -254,11 +254,11 @@ def test_flash_attention_measures_a_window_in_rows():
     stack.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match=r"flash_attention_2.*set_attn_implementation"):
         logits_of(model, inputs)
-    insertion = getattr(stack, ATTRIBUTE)
-    insertion.check_window(0, LayerKeys(None, 0, WINDOW))
-    insertion.check_window(1, LayerKeys(None, 1, WINDOW + 1))
+    limits = getattr(stack, ATTRIBUTE).limits
+    limits.check_window(0, LayerKeys(None, 0, WINDOW), "flash")
+    limits.check_window(1, LayerKeys(None, 1, WINDOW + 1), "flash")
     with pytest.raises(UnsupportedModelError, match=f"window of {WINDOW} positions of layer 2"):
-        insertion.check_window(2, LayerKeys(None, 2, WINDOW + 1))
+        limits.check_window(2, LayerKeys(None, 2, WINDOW + 1), "flash")
     model.set_attn_implementation("sdpa")
     assert logits_of(model, inputs).isfinite().all()
 

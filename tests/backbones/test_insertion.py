@@ -408,7 +408,7 @@ def test_embeddings_instead_of_ids_with_a_mask():
     with pytest.raises(ValueError, match="multimodal_mask"):
         model(inputs_embeds=embeds.clone(), attention_mask=mask)
     with (
-        pytest.raises(ValueError, match="one value for each position"),
+        pytest.raises(ValueError, match="one value per position"),
         insert_at(model, 3, multimodal_mask=multimodal[:, 1:]),
     ):
         model(inputs_embeds=embeds, attention_mask=mask)

@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from deepinsert.backbones import UntriedVersionError, deep_insert
 from deepinsert.backbones.compat import versions
 from deepinsert.backbones.compat.transformers import CACHE_ARGUMENTS
-from deepinsert.backbones.mechanism import routing as mechanism
-from deepinsert.backbones.mechanism import self_check
-from deepinsert.backbones.mechanism.routing import ATTRIBUTE, Insertion
+from deepinsert.backbones.mechanism import routing, self_check
+from deepinsert.backbones.mechanism.calls import ATTRIBUTE
+from deepinsert.backbones.mechanism.routing import Insertion
 from deepinsert.backbones.mechanism.rows import Rows
 
 
@@ -93,7 +93,7 @@ def flipped(output):
 FAULTS = {
     "insert layer 0 against": (Insertion, "call_layer", lambda output: output + 1e-6),
     "insert layer 2 against": (Rows, "take", lambda rows: rows.flip(1) if rows.ndim == 3 else rows),
-    "one insert layer per row": (mechanism, "in_groups", flipped),
+    "one insert layer per row": (routing, "run_in_groups", flipped),
 }
 
 
