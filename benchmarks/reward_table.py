@@ -177,8 +177,8 @@ def measure(case: Case, options: TableBenchOptions) -> dict[str, Any]:
         return np.concatenate([forward.run(block, layers).losses for block in blocks])
 
     flops, losses = zip(*(count_flops(work) for work in (independent, shared)), strict=True)
-    if forward.apart:
-        raise ValueError(f"{case.name}: prefixes cannot be shared: {forward.apart}")
+    if forward.unshared_reason:
+        raise ValueError(f"{case.name}: prefixes cannot be shared: {forward.unshared_reason}")
     clock = Clock(case.backbone.device)
     arms = [timed_arm(independent, clock), timed_arm(shared, clock)]
     samples = take_turns(arms, options.repeats, warm_up=[])["all"]  # counting was the warm-up

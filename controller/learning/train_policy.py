@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deepinsert.backbones import load_backbone
-from deepinsert.controller.option_checks import check, parse_layers, parse_observation, parse_skip_weights
+from deepinsert.controller.option_checks import parse_layers, parse_observation, parse_skip_weights
 from deepinsert.controller.options import TrainPolicyOptions
 from deepinsert.controller.policy.baselines import (
     PAPER_MEAN_DEPTH,
@@ -28,11 +29,12 @@ from deepinsert.controller.policy.policy_files import HELD_OUT
 from deepinsert.controller.policy.policy_pictures import plot_policy_rewards
 from deepinsert.controller.prompt_selection import image_prompts
 from deepinsert.controller.runs.atomic_files import atomic_file, write_json
-from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.command import run_command
 from deepinsert.controller.statistics import Interval
 from deepinsert.envs.data.instructions import split_by_image
 from deepinsert.envs.observations import Observation
 from deepinsert.envs.rewards.table import RewardTable
+from deepinsert.envs.rewards.time_bonus import measure_times
 
 from .algorithms import STEPS
 from .fitting import isolated_random_state, train_policy
@@ -61,12 +63,11 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
         ValueError: if an option cannot be used, or if no prompts are left to train on or to hold out.
         DatasetError: if the data cannot be read.
     """
-    check(options)
-    out = start_run(options)
-    if (out / "result.json").is_file():
-        result = read_result(out)
-        print(summary(result))
-        return result
+    return run_command(options, partial(train_and_compare, options), summary)
+
+
+def train_and_compare(options: TrainPolicyOptions, out: Path) -> dict[str, Any]:
+    """Train the policies, write everything but `result.json` to the run folder, and return the result."""
     train, held_out, text_only = split_prompts(options)
     prompts = [*train, *held_out]
     backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
@@ -101,9 +102,7 @@ def run(options: TrainPolicyOptions) -> dict[str, Any]:
     plot_policy_rewards(out / "progress.csv", out / "policy_rewards.png")
     with atomic_file(out / "judgement.md") as temporary:
         temporary.write_text(comparison_table(result), "utf-8")
-    write_result(out, result)
-    print(summary(result))
-    return read_result(out)
+    return result
 
 
 def split_prompts(options: TrainPolicyOptions) -> tuple[list[Prompt], list[Prompt], int]:
@@ -126,16 +125,22 @@ def reward_table(options: TrainPolicyOptions, backbone: Backbone, prompts: list[
     """
     layers = parse_layers(options.insert_layers, backbone.num_layers)
     folder = options.out / TABLE if options.table is None else options.table
-    table = RewardTable(backbone, prompts, layers, batch_tokens=options.batch_tokens, folder=folder)
+    times = prefill_times(options, backbone, prompts, layers) if options.bonus == "time" else None
+    table = RewardTable(
+        backbone, prompts, layers, batch_tokens=options.batch_tokens, folder=folder, times=times
+    )
     table.fill(progress=True)
-    if options.bonus == "time":
-        from deepinsert.envs.rewards.time_bonus import measure_times
-
-        path = Path(options.out) / TIMES
-        if not path.is_file():
-            write_json(path, measure_times(backbone, prompts, layers, options.batch_size, seed=options.seed))
-        table.times = np.array(json.loads(path.read_text("utf-8"))["ratios"])
     return table
+
+
+def prefill_times(
+    options: TrainPolicyOptions, backbone: Backbone, prompts: list[Prompt], layers: Sequence[int]
+) -> list[float]:
+    """Return prefill times (K,) at the candidate `layers` relative to layer 0; measure them only once."""
+    path = Path(options.out) / TIMES
+    if not path.is_file():
+        write_json(path, measure_times(backbone, prompts, layers, options.batch_size, seed=options.seed))
+    return [float(ratio) for ratio in json.loads(path.read_text("utf-8"))["ratios"]]
 
 
 def train_seeds(

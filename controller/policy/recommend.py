@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deepinsert.backbones import load_backbone
-from deepinsert.controller.option_checks import check, flag
+from deepinsert.controller.option_checks import flag
 from deepinsert.controller.options import RecommendOptions
 from deepinsert.controller.prompt_selection import image_prompts
-from deepinsert.controller.runs.folder import read_config, read_result, start_run, write_result
+from deepinsert.controller.runs.command import run_command
+from deepinsert.controller.runs.folder import read_config
 from deepinsert.envs.prompts import Prompt
 from deepinsert.envs.rewards.keys import prompt_keys
 from deepinsert.envs.rewards.table import RewardTable
@@ -39,12 +41,11 @@ def run(options: RecommendOptions) -> dict[str, Any]:
             meet, a backbone that it was not trained on, a table that does not contain the prompts, and data
             without any image.
     """
-    check(options)
-    out = start_run(options)
-    if (out / "result.json").is_file():
-        result = read_result(out)
-        print(summary(result))
-        return result
+    return run_command(options, partial(recommend, options), summary)
+
+
+def recommend(options: RecommendOptions, out: Path) -> dict[str, Any]:
+    """Return the advice for the prompt or the data set; draw the pictures of a data set."""
     policy = LayerPolicy.load(options.policy)
     wishes = {name: getattr(options, name) for name in ("skip_weight", "flops_ratio", "max_loss_increase")}
     skip_weight = resolve_wishes(policy, wishes)
@@ -61,9 +62,7 @@ def run(options: RecommendOptions) -> dict[str, Any]:
         if result["pareto"] is not None:
             plot_pareto(result, out / "pareto.png")
     result["asked"] = {name: value for name, value in wishes.items() if value is not None}
-    write_result(out, result)
-    print(summary(result))
-    return read_result(out)
+    return result
 
 
 def resolve_wishes(policy: LayerPolicy, wishes: dict[str, float | None]) -> float:
@@ -140,10 +139,10 @@ def advise_data(
     folder, source = options.table, f"--table {options.table}"
     whole = table = held_out = None
     if folder is not None:
-        whole = RewardTable.load(folder, policy.insert_layers)
+        whole = RewardTable.load(folder, policy.insert_layers, times=policy.training.times)
     elif (training_folder := table_of_policy(options.policy)) is not None:
         folder, source = training_folder, f"--policy {options.policy}"
-        whole = RewardTable.load(folder, policy.insert_layers)
+        whole = RewardTable.load(folder, policy.insert_layers, times=policy.training.times)
         if not set(prompt_keys(prompts)) <= set(whole.prompt_keys):
             whole = None  # the policy was trained on other prompts
     if whole is not None:
@@ -228,6 +227,4 @@ def table_of(whole: RewardTable, policy: LayerPolicy, prompts: Sequence[Prompt],
             f"{source}: losses at insert layer {policy.insert_layers[missing]} are missing; sweep the data "
             f"set at layers {','.join(map(str, policy.insert_layers))} with deepinsert sweep"
         )
-    if table.times is None and policy.training.times is not None:
-        table.times = np.array(policy.training.times)
     return table

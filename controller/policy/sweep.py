@@ -1,11 +1,12 @@
 """`deepinsert sweep`: loss and accuracy of an untouched backbone at every insert layer (paper, Appendix C).
 
-Shows, before any training, how much each source of prompts minds that its multimodal tokens enter late. The
-table it writes is what policies are trained on and judged by.
+The figures show, before any training, how much each source of prompts loses when its multimodal tokens enter
+late. Policies are trained and compared on the reward table that the command writes.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,34 +26,34 @@ from deepinsert.controller.prompt_selection import read_data
 from deepinsert.controller.runs.folder import read_result, same_run, start_run, write_result
 from deepinsert.controller.runs.processes import Processes
 from deepinsert.envs.prompts import Prompt, prompts_from
-from deepinsert.envs.rewards.cells import columns_of, prompt_columns, take_over
-from deepinsert.envs.rewards.files import RewardFiles
 from deepinsert.envs.rewards.keys import shards_of
 from deepinsert.envs.rewards.table import RewardTable
+from deepinsert.envs.rewards.table_folder import TableFolder
 
-from .sweep_figures import Measured, figures, plot, summary
+from .sweep_figures import FigureSelection, figures, plot, summary
 
 GROWING = ("insert_layers", "sources", "fraction", "accuracy", "agreement", "table")
-"""Options that may change in a run folder: what the table knows already is used, the rest added to it."""
+"""Options that may change in a run folder: the table's cells are used again, and missing ones are added."""
 
 
 def run(options: SweepOptions) -> dict[str, Any]:
     """Write `table/` (a `RewardTable`), `sweep.png` and `result.json`; return the result.
 
-    The table is a folder of Parquet shards (`envs.rewards.files`), in `--out` or wherever `--table` says, so
-    that several sweeps of one backbone may share it. A shard is written when it is done; a killed run
-    computes the others when it is started again. The same `--out` with other layers, sources, a larger
-    fraction or further figures computes what is not yet there; `result.json` and `sweep.png` are those of the
-    last command. The table's bits are those of computing all of it at once on the same kind of device (on a
-    CPU by one thread; several processes use several cores). Images are computed in groups, so those of a
-    group that gains an image or a question are computed again.
+    The table is a folder of Parquet shards (`envs.rewards.files`), in `--out` or where `--table` says, and
+    several sweeps of one backbone may share it. A shard is written when it is done, so a killed run continues
+    with the other shards when it is started again. The same `--out` with other layers, sources, a larger
+    fraction or more figures computes only what is missing; `result.json` and `sweep.png` belong to the last
+    command. The table is bit for bit the one that is computed all at once on the same kind of device (a CPU
+    uses one thread; several processes use several cores). Images are computed in groups, so a group that
+    gains an image or a question is computed again.
 
-    With `--shard i/n`, or under `torchrun` or `accelerate launch`, n processes do a part of the shards each,
-    with nothing but the folder in common. Whoever finds everything done writes the result; the others say
-    what is missing and return `{"missing": cells}`.
+    With `--shard i/n`, or under `torchrun` or `accelerate launch`, each of n processes computes a part of the
+    shards; they share only the folder. The process that finds all shards done writes the result; the others
+    report what is missing and return `{"missing": cells}`.
 
-    Raises `ValueError` where the folder holds another run or an option cannot be used, `DatasetError` where
-    the data cannot.
+    Raises:
+        ValueError: if the folder contains another run, or an option cannot be used.
+        DatasetError: if the data cannot be used.
     """
     processes = Processes.from_environment()
     share = parse_shard(options.shard) or (processes.rank, processes.world_size)
@@ -65,25 +66,22 @@ def run(options: SweepOptions) -> dict[str, Any]:
         result = read_result(out)
         print(summary(result))
         return result
-    (out / "result.json").unlink(missing_ok=True)  # of other options
+    (out / "result.json").unlink(missing_ok=True)  # its options differ
     backbone = load_backbone(options.backbone, device=device_of(options), dtype=options.dtype)
     layers = parse_layers(options.insert_layers, backbone.num_layers)
     data = read_data(options)
-    prompts = prompts_from(data, per="turn")
-    known = layers if not options.agreement else tuple(sorted({0, *layers}))
-    table = RewardTable(backbone, prompts, known, batch_tokens=options.batch_tokens)
-    files = RewardFiles(options.table or out / "table", table.origin)
-    sweep = Sweep(backbone, prompts, table, files, layers if options.accuracy else (), options.batch_size)
+    sweep = make_sweep(options, backbone, prompts_from(data, per="turn"), layers)
+    table = sweep.table
     undone = sweep.run(*share, options.shard_prompts)
-    if table.apart:
-        print(f"Questions ran by themselves, sharing no prefix: {table.apart}", file=sys.stderr)
+    if table.unshared_reason:
+        print(f"Questions ran by themselves, sharing no prefix: {table.unshared_reason}", file=sys.stderr)
     if undone:
         print(undone, file=sys.stderr)
-        return {"missing": sweep.missing()}
+        return {"missing": sweep.count_missing()}
     result = {
         "insert_layers": list(layers),
         "num_layers": backbone.num_layers,
-        **figures(Measured(table, layers, options.accuracy, options.agreement)),
+        **figures(FigureSelection(table, layers, options.accuracy, options.agreement)),
         "skipped": [repr(record) for record in data.skipped],
         "table_digest": table.digest,
     }
@@ -93,76 +91,121 @@ def run(options: SweepOptions) -> dict[str, Any]:
     return result
 
 
-@dataclass
+def make_sweep(
+    options: SweepOptions, backbone: Backbone, prompts: Sequence[Prompt], layers: tuple[int, ...]
+) -> Sweep:
+    """Return the sweep of `prompts` at `layers`, with the losses that its folder already contains."""
+    table = RewardTable(
+        backbone,
+        prompts,
+        layers if not options.agreement else tuple(sorted({0, *layers})),
+        batch_tokens=options.batch_tokens,
+        folder=options.table or Path(options.out) / "table",
+        same_group=True,
+        flush_seconds=math.inf,  # `Sweep` writes whole shards
+    )
+    return Sweep(backbone, prompts, table, layers if options.accuracy else (), options.batch_size)
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A table that is filled from its folder and into it, with the accuracy at the `judged` insert layers."""
+    """Fills a table and its folder, shard by shard.
+
+    Attributes:
+        backbone: the backbone.
+        prompts: the P prompts of the table.
+        table: the table, with a folder.
+        graded_layers: the insert layers at which greedy answers are graded.
+        batch_size: prompts per call of the model when answers are generated.
+    """
 
     backbone: Backbone
     prompts: Sequence[Prompt]
     table: RewardTable
-    files: RewardFiles
-    judged: tuple[int, ...]
+    graded_layers: tuple[int, ...]
     batch_size: int
 
+    @property
+    def folder(self) -> TableFolder:
+        """The table's folder."""
+        assert self.table.folder is not None
+        return self.table.folder
+
     def run(self, part: int, parts: int, shard_prompts: int) -> str:
-        """Compute the shards of one part. Says which shards nobody has done yet; empty where all are."""
-        take_over(self.table, self.files.read_new(), same_group=True)
+        """Compute the shards of one part.
+
+        Args:
+            part: the number of the part, from 0.
+            parts: the number of parts.
+            shard_prompts: prompts per shard, about.
+
+        Returns:
+            A sentence about the shards that no process has done yet; empty if all are done.
+        """
         groups = self.table.groups
         shards = [np.concatenate([groups[g] for g in shard]) for shard in shards_of(groups, shard_prompts)]
-        mine = range(part, len(shards), parts)
-        self.files.write_prompts(prompt_columns(self.table))
+        numbers = range(part, len(shards), parts)
+        self.folder.write_prompts()
         label = "sweep" if parts == 1 else f"sweep {part}/{parts}"
-        total = sum(self.missing(shards[number]) for number in mine)
+        total = sum(self.count_missing(shards[number]) for number in numbers)
         seconds = 0.2 if sys.stderr.isatty() else 10.0
         with tqdm(total=total, desc=label, unit=" cells", file=sys.stderr, mininterval=seconds) as bar:
-            for number in mine:
+            for number in numbers:
                 self.do_shard(number, shards[number], bar.update)
-        take_over(self.table, self.files.read_new(), same_group=True)
-        undone = [number for number, rows in enumerate(shards) if self.missing(rows)]
+        self.folder.read()
+        undone = [number for number, rows in enumerate(shards) if self.count_missing(rows)]
         if not undone:
-            self.files.complete()
+            self.folder.write_manifest()
             return ""
         others = ", ".join(
             f"--shard {other}/{parts}" for other in sorted({number % parts for number in undone})
         )
         return (
-            f"Part {part}/{parts} is done. Of all {len(shards)} shards {len(undone)} are not: the result is "
-            f"written by whoever finishes last of {others}"
+            f"Part {part}/{parts} is done. {len(undone)} of {len(shards)} shards are missing: the last to "
+            f"finish of {others} writes the result"
         )
 
-    def do_shard(self, number: int, rows: NDArray[np.int64], told: Callable[[int], object]) -> None:
-        """Compute what is missing of the prompts `rows` and write it to a file."""
+    def do_shard(self, number: int, rows: NDArray[np.int64], advance: Callable[[int], object]) -> None:
+        """Compute the missing cells of the prompts `rows` and write them to a file.
+
+        `advance` is called with the number of cells that have been computed since the last call.
+        """
         table = self.table
-        new = np.isnan(table.losses[rows])
-        for group in np.unique(table.group_of[rows[new.any(axis=1)]]):
+        unknown = np.isnan(table.losses[rows])
+        for group in np.unique(table.group_of[rows[unknown.any(axis=1)]]):
             members = table.groups[group]
-            prompts, columns = np.nonzero(np.isnan(table.losses[members]))
-            table.compute(members[prompts], columns)
-            told(len(prompts))
-        wanted = self.unjudged(rows)
-        if wanted.any():
-            asked = [self.prompts[row] for row in rows]
-            greedy = table.greedy[rows] == 1
-            judged = greedy_correctness(
-                self.backbone, asked, table.insert_layers, greedy, wanted, self.batch_size, told
+            member, columns = np.nonzero(np.isnan(table.losses[members]))
+            table.compute(members[member], columns)
+            advance(len(member))
+        ungraded = self.ungraded(rows)
+        if ungraded.any():
+            correct = greedy_correctness(
+                self.backbone,
+                [self.prompts[row] for row in rows],
+                table.insert_layers,
+                table.greedy[rows] == 1,
+                ungraded,
+                self.batch_size,
+                advance,
             )
-            table.correct[rows] = np.where(wanted, judged, table.correct[rows])
-        places, columns = np.nonzero(new | wanted)
+            places, columns = np.nonzero(ungraded)
+            table.record_correct(rows[places], columns, correct[places, columns])
+        places, columns = np.nonzero(unknown | ungraded)
         if len(places):
-            self.files.write(f"losses-{number:05d}", columns_of(table, rows[places], columns))
+            self.folder.write_shard(number, rows[places], columns)
 
-    def unjudged(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Cells of the prompts `rows` whose accuracy is asked for and not known, (rows, K)."""
-        return np.isnan(self.table.correct[rows]) & np.isin(self.table.insert_layers, self.judged)
+    def ungraded(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which answers of the prompts `rows` have yet to be graded, (rows, K)."""
+        return np.isnan(self.table.correct[rows]) & np.isin(self.table.insert_layers, self.graded_layers)
 
-    def missing(self, rows: NDArray[np.int64] | None = None) -> int:
-        """Losses and answers that are asked for and not known, of some prompts or of all."""
+    def count_missing(self, rows: NDArray[np.int64] | None = None) -> int:
+        """Return how many losses and grades are missing, of some prompts or of all."""
         rows = np.arange(len(self.table)) if rows is None else rows
-        return int(np.isnan(self.table.losses[rows]).sum() + self.unjudged(rows).sum())
+        return int(np.isnan(self.table.losses[rows]).sum() + self.ungraded(rows).sum())
 
 
 def device_of(options: SweepOptions) -> str:
-    """The device to use: with "auto" and several processes on a machine, each has its own GPU."""
+    """Return the device; with "auto" and several processes on one machine, each process gets its own GPU."""
     processes = Processes.from_environment()
     if options.device == "auto" and processes.local_rank is not None and torch.cuda.is_available():
         return processes.cuda_device(torch.cuda.device_count())

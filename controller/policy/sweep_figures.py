@@ -1,4 +1,4 @@
-"""What a sweep shows of its reward table: the figures of `result.json`, a table for a terminal, a picture."""
+"""The figures of a sweep, from its reward table: for `result.json`, for a terminal, and as a picture."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from deepinsert.envs.rewards.table import RewardTable
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A table and what of it is to be shown: insert layers, and figures beside the loss."""
+class FigureSelection:
+    """A table, the insert layers to report, and whether to report accuracy and agreement beside the loss."""
 
     table: RewardTable
     insert_layers: tuple[int, ...]
@@ -26,30 +26,31 @@ class Measured:
     agreement: bool
 
 
-def figures(measured: Measured) -> dict[str, Any]:
-    """The figures of `result.json`: over all prompts and, under `per_source`, for each source."""
-    table = measured.table
+def figures(selection: FigureSelection) -> dict[str, Any]:
+    """Return the figures of `result.json`: over all prompts and, under `per_source`, over each source."""
+    table = selection.table
     sources = np.array(table.sources)
     groups = {str(source): np.flatnonzero(sources == source) for source in np.unique(sources)}
     return {
-        **group_figures(measured, np.arange(len(table))),
-        "per_source": {source: group_figures(measured, rows) for source, rows in groups.items()},
+        **group_figures(selection, np.arange(len(table))),
+        "per_source": {source: group_figures(selection, rows) for source, rows in groups.items()},
     }
 
 
-def group_figures(measured: Measured, rows: NDArray[np.int64]) -> dict[str, Any]:
-    """Counts, and by insert layer loss and accuracy of some prompts with 95 % intervals, clustered by image.
+def group_figures(selection: FigureSelection, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """Return the figures of some prompts: counts, and means per insert layer with 95 % intervals.
 
-    `loss_difference` is against the shallowest candidate, prompt by prompt; `agreement` the share of prompts
-    whose most probable first token is that of layer 0. What was not asked for is None.
+    Intervals are clustered by image. `loss_difference` is the paired difference from the shallowest layer.
+    `agreement` is the share of prompts whose most probable first token is that of layer 0. Figures that are
+    not selected are None.
     """
-    table = measured.table
+    table = selection.table
     clusters = [table.image_keys[row] for row in rows]
     flops_ratio = table.flops[rows].sum(axis=0) / table.stock_flops[rows].sum()
-    shallowest = table.losses[rows, table.insert_layers.index(measured.insert_layers[0])]
+    shallowest = table.losses[rows, table.insert_layers.index(selection.insert_layers[0])]
     agreement = table.agreement
     by_layer = []
-    for layer in measured.insert_layers:
+    for layer in selection.insert_layers:
         column = table.insert_layers.index(layer)
         losses = table.losses[rows, column]
         by_layer.append(
@@ -58,8 +59,8 @@ def group_figures(measured: Measured, rows: NDArray[np.int64]) -> dict[str, Any]
                 "depth": layer / table.num_layers,
                 **interval("loss", mean_interval(losses, clusters)),
                 **interval("loss_difference", paired_interval(losses, shallowest, clusters)),
-                **share("accuracy", measured.accuracy, table.correct[rows, column], clusters),
-                **share("agreement", measured.agreement, agreement[rows, column], clusters),
+                **share("accuracy", selection.accuracy, table.correct[rows, column], clusters),
+                **share("agreement", selection.agreement, agreement[rows, column], clusters),
                 "flops_ratio": flops_ratio[column],
             }
         )
@@ -67,20 +68,20 @@ def group_figures(measured: Measured, rows: NDArray[np.int64]) -> dict[str, Any]
     return {"prompts": len(rows), "images": len(images), "by_layer": by_layer}
 
 
-def interval(name: str, found: Interval) -> dict[str, Any]:
-    """A mean and its interval as entries of `result.json`."""
-    return {name: found.mean, f"{name}_interval": [found.low, found.high]}
+def interval(name: str, estimate: Interval) -> dict[str, Any]:
+    """Return a mean and its interval as entries of `result.json`."""
+    return {name: estimate.mean, f"{name}_interval": [estimate.low, estimate.high]}
 
 
-def share(name: str, asked: bool, values: NDArray[np.float64], clusters: list[str]) -> dict[str, Any]:
-    """The mean of zeros and ones with its interval; None where it was not asked for."""
-    if not asked:
+def share(name: str, selected: bool, values: NDArray[np.float64], clusters: list[str]) -> dict[str, Any]:
+    """Return the mean of zeros and ones with its interval; None unless it is selected."""
+    if not selected:
         return {name: None, f"{name}_interval": None}
     return interval(name, mean_interval(values, clusters))
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result as a short table for a terminal."""
+    """Format the result as a short table for a terminal."""
     shares = ["accuracy", *(["agreement"] if result["by_layer"][0]["agreement"] is not None else [])]
     heads = "".join(f"  {name:^24}" for name in shares)
     lines = [
@@ -91,17 +92,18 @@ def summary(result: dict[str, Any]) -> str:
         low, high = row["loss_interval"]
         cells = [f"{row['loss']:.3f} [{low:.3f}, {high:.3f}]"]
         for name in shares:
-            known = row[name] is not None
-            cells.append(
-                "{:.1%} [{:.1%}, {:.1%}]".format(row[name], *row[f"{name}_interval"]) if known else "-"
-            )
-        written = "".join(f"  {cell:^24}" for cell in cells)
-        lines.append(f"{row['insert_layer']:>12}{written}  {row['flops_ratio']:>6.3f}")
+            mean, bounds = row[name], row[f"{name}_interval"]
+            cells.append("-" if mean is None else "{:.1%} [{:.1%}, {:.1%}]".format(mean, *bounds))
+        centred = "".join(f"  {cell:^24}" for cell in cells)
+        lines.append(f"{row['insert_layer']:>12}{centred}  {row['flops_ratio']:>6.3f}")
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss, accuracy and agreement, where measured, by insert layer: a line for each source and for all."""
+    """Plot loss, accuracy and agreement by insert layer: a line per source, and one for all prompts.
+
+    Figures that the result does not contain have no panel.
+    """
     groups = {"all": result, **(result["per_source"] if len(result["per_source"]) > 1 else {})}
     labels = {"loss": "loss (nats)", "accuracy": "accuracy", "agreement": "first token as at layer 0"}
     metrics = {name: label for name, label in labels.items() if result["by_layer"][0][name] is not None}

@@ -91,7 +91,7 @@ class RewardFiles:
                 self._seen.add(name)
                 yield self._read(name, SCHEMA)
 
-    def write(self, kind: str, columns: Mapping[str, Any]) -> str:
+    def write_shard(self, kind: str, columns: Mapping[str, Any]) -> str:
         """Add a shard: `kind` is "added" or "losses-" and a number. Returns its name."""
         name = self._write(kind, columns, SCHEMA)
         self._seen.add(name)
@@ -106,7 +106,7 @@ class RewardFiles:
         listed = (self.manifest() or {"files": {}})["files"]
         return [name for name in sorted(listed) if not (self.folder / name).is_file()]
 
-    def complete(self) -> None:
+    def write_manifest(self) -> None:
         """Write the manifest: every file with its sha256. Whoever does it writes the same."""
         listed = (self.manifest() or {"files": {}})["files"]
         files = {}

@@ -75,8 +75,8 @@ class GroupResult:
 class GroupForward:
     """Runs prompts that share images through the backbone, at many insert layers.
 
-    `batch_tokens` bounds the tokens of a forward, but for a single prompt's. `apart` is why the last prompts
-    that had to run by themselves did so; None where there were none.
+    `batch_tokens` bounds the tokens of a forward; a single longer prompt exceeds it. `unshared_reason` is why
+    prompts last ran by themselves, without a shared prefix; None if none has done so.
     """
 
     def __init__(self, backbone: Backbone, batch_tokens: int = 8192) -> None:
@@ -85,7 +85,7 @@ class GroupForward:
         self.backbone = backbone
         self.batch_tokens = batch_tokens
         self.texts: Texts = {}
-        self.apart: str | None = None
+        self.unshared_reason: str | None = None
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Prompt], insert_layers: Sequence[int]) -> GroupResult:
@@ -105,7 +105,7 @@ class GroupForward:
             try:
                 found = self._together(groups, insert_layers)
             except CannotShareError as error:
-                self.apart = str(error)
+                self.unshared_reason = str(error)
                 continue
             for group, part in zip(groups, found, strict=True):
                 result.put(group.members, part)

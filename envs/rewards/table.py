@@ -1,68 +1,74 @@
 """The reward table: the loss of every prompt at every candidate insert layer, each computed once.
 
-The backbone is frozen and the loss deterministic, so this table is all that the environments need to know
-of a model, and an exact account of what any policy could reach.
+The backbone is frozen and the loss deterministic, so the environments need no other knowledge of a model, and
+the table gives an exact account of what any policy could reach.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from .block_forward import BlockForward, prefill_flops
-from .cells import columns_of, prompt_columns, prompts_of, take_over
-from .files import RewardFiles
-from .group_forward import GroupForward
-from .keys import digest, distinct, group_key, prompt_groups, prompt_keys
+from deepinsert.backbones import Backbone
+from deepinsert.envs.prompts import Prompt
 
-if TYPE_CHECKING:
-    from deepinsert.backbones import Backbone, CostModel
-    from deepinsert.envs.prompts import Prompt
+from .cell_computer import CellComputer
+from .cells import Cells, FloatArray, Rows, check_layers
+from .keys import IntArray, prompt_groups
+from .prompt_names import PromptNames
+from .table_folder import TableFolder, load_cells, save_cells
 
 Bonus = Literal["depth", "flops", "time"]
-FloatArray = NDArray[np.float64]
-
-METHOD = "shared-1"
-"""Named in every file: losses of another way of computing differ in their last bits."""
-
-ADD_SECONDS = 60.0
-"""With a folder, at most so much computing is lost when the process is killed."""
+Array = TypeVar("Array", bound=NDArray[Any])
 
 
 class RewardTable:
     """`-loss` and skip bonus of P prompts at K candidate insert layers.
 
-    Losses are computed when first asked for, in groups: the prompts about the same images together, and
-    images together up to some dozens of prompts, at all layers asked for. A loss depends on its group and on
-    `batch_tokens`, which bounds the memory of a forward, alone: it is the same to the last bit whatever
-    was asked before, by whom, and after a resume.
+    A loss is computed when it is first needed, together with its group: all prompts about the same images,
+    and some dozens of prompts with other images. It depends only on its group and on `batch_tokens`. It is
+    the same to the last bit in whatever order losses are computed, by however many processes, and after a
+    restart.
 
-    With `folder`, losses found there are taken over, by the content of a prompt, and what is computed is
-    added there now and then and by `flush`. Where a prompt was computed in another group, its loss is taken
-    as it is; it differs by rounding alone.
+    With `folder`, the table takes over the losses that the folder contains, matched by the content of a
+    prompt, and adds its own. A loss that was computed in another group is taken over too, unless `same_group`
+    is set; it differs by rounding only.
+
+    Only the table changes its arrays: those that it gives out cannot be written to.
+
+    Args:
+        backbone: the backbone.
+        prompts: the P prompts.
+        insert_layers: the K candidates, ascending; "all" means 0 to N-1.
+        batch_tokens: bounds the tokens, and so the memory, of a forward.
+        folder: the folder of Parquet files to read and extend.
+        same_group: take over only losses that were computed in the same group.
+        flush_seconds: losses are added to the folder when this many seconds have passed since the last time;
+            a killed process loses at most these. With infinity, the caller decides when to write.
+        times: prefill times (K,) relative to layer 0, as `measure_times` returns them; for the bonus "time".
 
     Attributes:
-        insert_layers: the K candidates, ascending. num_layers: N, the backbone's decoder layers. losses:
-        float64 (P, K), mean next-token negative log-likelihood of the answer in nats; NaN where unknown.
-        correct: float64 (P, K), whether the greedy answer is right, 1 or 0; NaN where unknown. times: prefill
-        seconds (K,) relative to layer 0, or None. prompt_ids, sources, image_keys, prompt_keys: P strings
-        each, the last of them of the prompt's content. groups, group_of: indices of each group's prompts, and
-        each prompt's group (P,).
+        insert_layers: the K candidates.
+        num_layers: N, the backbone's decoder layers.
+        times: the prefill times (K,), or None.
+        folder: reads and writes the table's folder; None if it has none.
+        prompt_keys, prompt_ids, sources, image_keys, group_keys: the prompts' names, P strings each.
+        groups: the indices of each group's prompts; empty for a table without a backbone.
+        group_of: each prompt's group (P,); in a subset, its group in the whole table.
 
-    Raises `ValueError` for candidates that are not ascending insert layers of this backbone, for no prompts,
-    and for a folder with losses of another backbone.
+    Raises:
+        ValueError: if the candidates are not ascending insert layers of the backbone, if there are no
+            prompts, or if the folder contains losses of another backbone.
     """
 
-    _files: RewardFiles | None
-    _noted: bool
+    groups: list[IntArray]
+    folder: TableFolder | None
+    _computer: CellComputer | None
 
     def __init__(
         self,
@@ -72,53 +78,42 @@ class RewardTable:
         *,
         batch_tokens: int = 8192,
         folder: str | Path | None = None,
+        same_group: bool = False,
+        flush_seconds: float = 60.0,
+        times: ArrayLike | None = None,
     ) -> None:
         if not prompts:
             raise ValueError("no prompts: a reward table needs at least one")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens {batch_tokens!r}: give at least 1")
-        self.num_layers = backbone.num_layers
-        self.insert_layers = check_layers(insert_layers, self.num_layers)
-        self.prompt_ids = [prompt.id for prompt in prompts]
-        self.sources = [prompt.source for prompt in prompts]
-        self.image_keys = [prompt.image_key for prompt in prompts]
-        self.prompt_keys = prompt_keys(prompts)
-        self.groups = prompt_groups(prompts)
-        self.group_keys = [""] * len(prompts)
-        self.group_of = np.zeros(len(prompts), dtype=np.int64)
-        for number, group in enumerate(self.groups):
-            key = group_key([self.prompt_keys[index] for index in group], batch_tokens)
+        layers = check_layers(insert_layers, backbone.num_layers)
+        groups = prompt_groups(prompts)
+        names = PromptNames.of_prompts(prompts, groups, batch_tokens)
+        cells = Cells.unknown(len(prompts), layers, backbone.num_layers)
+        computer = CellComputer(backbone, prompts, names.prompt_key, batch_tokens)
+        self._assemble(names, cells, computer.origin, times)
+        self._computer, self.groups = computer, groups
+        for number, group in enumerate(groups):
             self.group_of[group] = number
-            for index in group:
-                self.group_keys[index] = key
-        self._origin: dict[str, Any] = {
-            "fingerprint": backbone.fingerprint,
-            "dtype": str(backbone.model.dtype).removeprefix("torch."),
-            "num_layers": self.num_layers,
-            "method": METHOD,
-        }
-        self._backbone, self._prompts = backbone, prompts
-        self._forward: GroupForward | None = GroupForward(backbone, batch_tokens)
-        self._unknown()
         if folder is not None:
-            self._files = RewardFiles(folder, self.origin)
-            take_over(self, self._files.read_new())
+            self.folder = TableFolder(
+                folder, names, cells, self._origin, same_group=same_group, flush_seconds=flush_seconds
+            )
+            self.folder.read()
 
-    def _unknown(self) -> None:
-        """Make every array of the table, with nothing known."""
-        shape = (len(self.prompt_ids), len(self.insert_layers))
-        self.losses: FloatArray = np.full(shape, np.nan)
-        self.correct: FloatArray = np.full(shape, np.nan)
-        self.times: FloatArray | None = None
-        # At each candidate and, last, at layer 0: prefill FLOPs, and the most probable first token of the
-        # answer. `_greedy`: whether each of the answer's tokens is the most probable one. -1 is not known.
-        self._flops: FloatArray = np.full((shape[0], shape[1] + 1), np.nan)
-        self._first_tokens: NDArray[np.int32] = np.full((shape[0], shape[1] + 1), -1, dtype=np.int32)
-        self._greedy: NDArray[np.int8] = np.full(shape, -1, dtype=np.int8)
-        self._parent: tuple[RewardTable, NDArray[np.int64]] | None = None
-        self._files, self._noted = None, False
-        self._to_add: NDArray[np.bool_] = np.zeros(shape, dtype=np.bool_)
-        self._added = time.monotonic()
+    def _assemble(
+        self, names: PromptNames, cells: Cells, origin: Mapping[str, Any], times: ArrayLike | None
+    ) -> RewardTable:
+        """Set all fields for a table without a backbone or folder, and return it."""
+        self.insert_layers, self.num_layers = cells.insert_layers, cells.num_layers
+        self.prompt_keys, self.prompt_ids = names.prompt_key, names.prompt_id
+        self.sources, self.image_keys, self.group_keys = names.source, names.image_key, names.group_key
+        self.groups, self.folder, self._computer = [], None, None
+        self.group_of: IntArray = np.zeros(len(names), dtype=np.int64)
+        self.times = None if times is None else _read_only(np.array(times, dtype=np.float64))
+        if self.times is not None and self.times.shape != cells.losses.shape[1:]:
+            raise ValueError(f"times of shape {self.times.shape}: expected {cells.losses.shape[1:]}")
+        self._names, self._cells, self._origin = names, cells, dict(origin)
+        self._parent: tuple[RewardTable, IntArray] | None = None
+        return self
 
     @classmethod
     def from_losses(
@@ -127,6 +122,7 @@ class RewardTable:
         insert_layers: Sequence[int] | Literal["all"],
         num_layers: int,
         *,
+        correct: ArrayLike | None = None,
         flops: ArrayLike | None = None,
         full_flops: ArrayLike | None = None,
         times: ArrayLike | None = None,
@@ -134,84 +130,109 @@ class RewardTable:
         image_keys: Sequence[str] | None = None,
         prompt_ids: Sequence[str] | None = None,
         prompt_keys: Sequence[str] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> RewardTable:
-        """A table of losses (P, K) in nats that are known already; it needs no backbone.
+        """Return a table of losses from elsewhere, without a backbone.
 
-        `flops` (P, K) are the prefill FLOPs at the candidates and `full_flops` (P) those at layer 0, which
-        may be left out where layer 0 is a candidate; `times` (K) the prefill seconds relative to layer 0. By
-        default every prompt has its own image key.
+        Args:
+            losses: (P, K) in nats; NaN is unknown.
+            insert_layers: the K candidates, ascending; "all" means 0 to N-1.
+            num_layers: N, the backbone's decoder layers.
+            correct: (P, K), whether the greedy answer is right, 1 or 0; NaN is unknown.
+            flops: the prefill FLOPs (P, K) at the candidates.
+            full_flops: the prefill FLOPs (P,) at layer 0; optional if layer 0 is a candidate.
+            times: the prefill times (K,) relative to layer 0.
+            sources: the source of each prompt.
+            image_keys: equal for prompts about the same images; by default each prompt has its own.
+            prompt_ids: the id of each prompt.
+            prompt_keys: a key of each prompt's content.
+            origin: what the losses were computed with: `origin` of the table that computed them.
         """
-        table = cls.__new__(cls)
-        table.num_layers = int(num_layers)
-        table.insert_layers = check_layers(insert_layers, table.num_layers)
-        known = np.array(losses, dtype=np.float64)
-        shape = (len(known), len(table.insert_layers))
-        if known.ndim != 2 or known.shape != shape or not shape[0]:
-            raise ValueError(f"losses of shape {known.shape}: expected (prompts, {shape[1]} layers)")
-        if np.isinf(known).any():
-            raise ValueError("losses hold an infinite value; NaN alone stands for a loss not yet known")
-        names = [str(index) for index in range(shape[0])]
-        table.prompt_ids = _names("prompt_ids", prompt_ids, names)
-        table.sources = _names("sources", sources, [""] * shape[0])
-        table.image_keys = _names("image_keys", image_keys, names)
-        own = [digest([key, name]) for key, name in zip(table.image_keys, table.prompt_ids, strict=True)]
-        table.prompt_keys = _names("prompt_keys", prompt_keys, own)
-        table.group_keys = [""] * shape[0]
-        table.groups = []
-        table.group_of = np.zeros(shape[0], dtype=np.int64)
-        table._origin = {"fingerprint": "", "dtype": "", "num_layers": table.num_layers, "method": "given"}
-        table._forward = None
-        table._unknown()
-        table.losses = known
-        if flops is not None:
-            table._flops = _given_flops(flops, full_flops, table.insert_layers, shape)
-        if times is not None:
-            table.times = np.array(times, dtype=np.float64)
-            if table.times.shape != shape[1:]:
-                raise ValueError(f"times of shape {table.times.shape}: expected {shape[1:]}")
-        return table
+        layers = check_layers(insert_layers, int(num_layers))
+        cells = Cells.of_losses(
+            losses, layers, int(num_layers), correct=correct, flops=flops, full_flops=full_flops
+        )
+        names = PromptNames.of_losses(
+            len(cells), prompt_keys=prompt_keys, prompt_ids=prompt_ids, sources=sources, image_keys=image_keys
+        )
+        origin = origin or {"fingerprint": "", "dtype": "", "num_layers": int(num_layers), "method": "given"}
+        return cls.__new__(cls)._assemble(names, cells, origin, times)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, insert_layers: Sequence[int] | None = None, *, times: ArrayLike | None = None
+    ) -> RewardTable:
+        """Read a table from its folder, without a backbone: all prompts in it.
+
+        The prompts of the largest data set come first, in their order. Losses that have not been computed yet
+        are NaN. `insert_layers` are the candidates, by default all layers in the folder; `times` (K,) are the
+        prefill times relative to layer 0.
+
+        Raises:
+            ValueError: if a file is damaged or missing, which the message names, or if the folder contains no
+                table.
+        """
+        return cls.__new__(cls)._assemble(*load_cells(folder, insert_layers), times)
+
+    def subset(self, indices: ArrayLike) -> RewardTable:
+        """Return the table of some prompts: indices into this one, or a mask.
+
+        Its unknown losses are computed by this table, in its groups: they have the same bits, and this table
+        knows them too.
+        """
+        root, rows = self._source()
+        chosen = np.arange(len(self))[np.asarray(indices)]
+        names, cells = self._names.take(chosen), self._cells.take(chosen)
+        part = RewardTable.__new__(RewardTable)._assemble(names, cells, self._origin, self.times)
+        part.group_of = self.group_of[chosen]
+        part._parent = (root, np.arange(len(root))[rows][chosen])
+        return part
+
+    def _source(self) -> tuple[RewardTable, Rows]:
+        """Return the table that computes for this one, and the rows of this one's prompts in it."""
+        return (self, slice(None)) if self._parent is None else self._parent
 
     def __len__(self) -> int:
-        return len(self.losses)
+        return len(self._cells)
 
     @property
-    def complete(self) -> bool:
-        """Whether every loss is known."""
-        return not np.isnan(self.losses).any()
+    def losses(self) -> FloatArray:
+        """Mean next-token negative log-likelihood of the answer in nats, (P, K); NaN is unknown."""
+        return _read_only(self._cells.losses)
 
     @property
-    def agreement(self) -> FloatArray:
-        """Whether the answer's most probable first token is that of layer 0: (P, K) of 1 and 0, NaN unknown.
-
-        Known where layer 0 of the prompt was computed, as a candidate or found in a folder.
-        """
-        if self._parent is not None:
-            parent, indices = self._parent
-            return parent.agreement[indices]
-        given, stock = self._first_tokens[:, :-1], self._first_tokens[:, -1:]
-        return np.where((given < 0) | (stock < 0), np.nan, (given == stock).astype(np.float64))
+    def correct(self) -> FloatArray:
+        """Whether the greedy answer is right: (P, K) of 1 and 0; NaN is unknown."""
+        return _read_only(self._cells.correct)
 
     @property
     def greedy(self) -> NDArray[np.int8]:
-        """Whether every token of the answer, end of turn included, is the most probable one after those
-        before it: (P, K) of 1 and 0, -1 unknown."""
-        if self._parent is not None:
-            parent, indices = self._parent
-            return parent.greedy[indices]
-        return self._greedy
+        """Whether every token of the answer, end of turn included, is the most probable one after the tokens
+        before it: (P, K) of 1 and 0; -1 is unknown."""
+        table, rows = self._source()
+        return _read_only(table._cells.greedy[rows])
+
+    @property
+    def agreement(self) -> FloatArray:
+        """Whether the answer's most probable first token is that of layer 0: (P, K) of 1 and 0.
+
+        It is NaN unless layer 0 of the prompt was computed as a candidate or read from a folder.
+        """
+        table, rows = self._source()
+        return table._cells.take(rows).agreement
 
     @property
     def flops(self) -> FloatArray:
         """Prefill FLOPs (P, K) of each prompt, without its answer, at each candidate.
 
-        Counts the tokens of prompts whose loss was never asked for, without a forward.
+        For prompts without losses it counts tokens, without a forward.
         """
-        return self._all_flops()[:, :-1]
+        return _read_only(self._all_flops()[:, :-1])
 
     @property
     def stock_flops(self) -> FloatArray:
         """Prefill FLOPs (P,) of each prompt in the stock model, at insert layer 0."""
-        return self._all_flops()[:, -1]
+        return _read_only(self._all_flops()[:, -1])
 
     @property
     def flops_ratio(self) -> FloatArray:
@@ -237,39 +258,30 @@ class RewardTable:
         return float(self.losses[:, 0].mean()) if self.insert_layers[0] == 0 else None
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """What the losses were computed with: weights, precision, depth, method. Fit for JSON."""
-        return self._parent[0].origin if self._parent is not None else self._origin
+    def complete(self) -> bool:
+        """Whether every loss is known."""
+        return not np.isnan(self.losses).any()
 
     @property
-    def identity(self) -> str:
-        """16 hex digits over `origin`."""
-        return digest(self.origin)
+    def origin(self) -> dict[str, Any]:
+        """What the losses were computed with: weights, precision, depth, method; JSON values."""
+        return dict(self._origin)
 
     @property
     def digest(self) -> str:
-        """16 hex digits over what the losses were computed with, the prompts' contents, the candidates and
-        the losses known now: equal for equal tables alone, in whatever order their prompts are."""
-        order = np.argsort(np.array(self.prompt_keys), kind="stable")
-        keys = [self.prompt_keys[row] for row in order]
-        parts = hashlib.sha256(digest([self.origin, keys, list(self.insert_layers)]).encode())
-        losses = self.losses[order]
-        parts.update(np.where(np.isnan(losses), np.nan, losses).astype("<f8").tobytes())
-        return parts.hexdigest()[:16]
+        """16 hex digits of `origin`, the prompts' contents in any order, the candidates and known losses."""
+        return self._cells.digest(self._origin, self.prompt_keys)
 
     @property
-    def apart(self) -> str | None:
-        """Why prompts had to run by themselves, without sharing prefixes; None where none did so far."""
-        return None if self._forward is None else self._forward.apart
-
-    def loss(self, prompt: int, column: int) -> float:
-        """Loss in nats of prompt `prompt` at `insert_layers[column]`; computes its group where unknown."""
-        self.compute([prompt], [column])
-        return float(self.losses[prompt, column])
+    def unshared_reason(self) -> str | None:
+        """Why prompts ran by themselves, without a shared prefix; None if none has done so."""
+        return None if self._computer is None else self._computer.forward.unshared_reason
 
     def bonus(self, kind: Bonus = "depth") -> FloatArray:
-        """Skip bonus (P, K) in [0, 1]: "depth" is L / N, "flops" the share of prefill FLOPs saved, "time" the
-        share of prefill time saved (`times`)."""
+        """Return the skip bonus (P, K) in [0, 1].
+
+        "depth" is L / N, "flops" the share of prefill FLOPs saved, "time" the share of prefill time saved.
+        """
         if kind == "depth":
             depth = np.array(self.insert_layers, dtype=np.float64) / self.num_layers
             return np.tile(depth, (len(self), 1))
@@ -277,220 +289,109 @@ class RewardTable:
             return np.clip(1 - self.flops_ratio, 0, 1)
         if kind == "time":
             if self.times is None:
-                raise LookupError("bonus 'time': this table has no times; measure them and set table.times")
-            return np.tile(np.clip(1 - np.asarray(self.times), 0, 1), (len(self), 1))
+                raise LookupError("bonus 'time': this table has no times; measure them and pass times=")
+            return np.tile(np.clip(1 - self.times, 0, 1), (len(self), 1))
         raise ValueError(f"bonus {kind!r}: choose 'depth', 'flops' or 'time'")
 
     def rewards(self, skip_weight: float, bonus: Bonus = "depth") -> FloatArray:
-        """`-loss + skip_weight * bonus` (P, K), after computing what is missing."""
+        """Compute what is missing and return `-loss + skip_weight * bonus` (P, K)."""
         self.fill()
-        return -self.losses + check_skip_weight(skip_weight) * self.bonus(bonus)
+        if not (np.isfinite(skip_weight) and skip_weight >= 0):
+            raise ValueError(f"skip_weight {skip_weight!r}: give a finite weight of at least 0")
+        return -self.losses + float(skip_weight) * self.bonus(bonus)
+
+    def loss(self, prompt: int, column: int) -> float:
+        """Return the loss in nats of one prompt at `insert_layers[column]`; compute its group if needed."""
+        self.compute([prompt], [column])
+        return float(self._cells.losses[prompt, column])
 
     def compute(self, prompts: ArrayLike, columns: ArrayLike) -> None:
-        """Make the losses of the pairs (`prompts[i]`, `columns[i]`) known, in whole groups.
+        """Compute the unknown losses among the pairs (`prompts[i]`, `columns[i]`), in whole groups.
 
-        Raises `ValueError` naming prompt and layer where a loss is not finite, and `LookupError`
-        where it is unknown and the table has no backbone to compute it with.
+        Raises:
+            ValueError: if a loss is not finite; it names prompt and layer.
+            LookupError: if a loss is unknown and the table has no backbone to compute it.
         """
         rows, cols = np.asarray(prompts, dtype=np.int64), np.asarray(columns, dtype=np.int64)
-        missing = np.isnan(self.losses[rows, cols])
+        missing = np.isnan(self._cells.losses[rows, cols])
         rows, cols = rows[missing], cols[missing]
         if not len(rows):
             return
         if self._parent is not None:
             parent, indices = self._parent
             parent.compute(indices[rows], cols)
-            self.losses[rows, cols] = parent.losses[indices[rows], cols]
+            self._cells.losses[rows, cols] = parent._cells.losses[indices[rows], cols]
             return
-        if self._forward is None:
+        if self._computer is None:
             raise LookupError(
                 f"the loss of prompt {self.prompt_ids[rows[0]]!r} at insert layer "
                 f"{self.insert_layers[cols[0]]} is unknown, and this table has no backbone to compute it"
             )
         groups = self.group_of[rows]
         for group in np.unique(groups):
-            self._compute_group(self._forward, int(group), np.unique(cols[groups == group]))
-        if time.monotonic() - self._added > ADD_SECONDS:
-            self.flush()
+            members, group_columns = self.groups[group], np.unique(cols[groups == group])
+            self._computer.compute(self._cells, members, group_columns)
+            if self.folder is not None:
+                self.folder.mark(*np.ix_(members, group_columns))
+        if self.folder is not None:
+            self.folder.flush_if_due()
 
     def fill(self, progress: bool = False) -> None:
-        """Compute all that is missing; `progress` shows a bar with the time left on stderr."""
-        missing = np.isnan(self.losses)
+        """Compute all missing losses; `progress` shows a bar with the remaining time on stderr."""
+        missing = np.isnan(self._cells.losses)
         rows = np.flatnonzero(missing.any(axis=1))
-        groups = self.group_of if self._parent is None else self._parent[0].group_of[self._parent[1]]
-        rows = rows[np.argsort(groups[rows], kind="stable")]
-        ends = np.flatnonzero(np.diff(groups[rows])) + 1
-        bar = tqdm(desc="reward table", total=int(missing.sum()), disable=not progress, unit=" cells")
-        with bar:
+        rows = rows[np.argsort(self.group_of[rows], kind="stable")]
+        ends = np.flatnonzero(np.diff(self.group_of[rows])) + 1
+        total = int(missing.sum())
+        with tqdm(desc="reward table", total=total, disable=not progress, unit=" cells") as bar:
             for members in np.split(rows, ends) if len(rows) else []:
                 prompts, columns = np.nonzero(missing[members])
                 self.compute(members[prompts], columns)
                 bar.update(len(prompts))
         self.flush()
 
-    def subset(self, indices: ArrayLike) -> RewardTable:
-        """The table of some prompts (indices into this one, or a mask).
-
-        What is not yet known is computed by this table, in its own groups: the same bits, known here too.
-        """
-        chosen = np.arange(len(self))[np.asarray(indices)]
-        part = RewardTable.from_losses(
-            self.losses[chosen],
-            self.insert_layers,
-            self.num_layers,
-            times=self.times,
-            sources=[self.sources[index] for index in chosen],
-            image_keys=[self.image_keys[index] for index in chosen],
-            prompt_ids=[self.prompt_ids[index] for index in chosen],
-            prompt_keys=[self.prompt_keys[index] for index in chosen],
-        )
-        part.correct = self.correct[chosen]
-        part._parent = (self, chosen)
-        return part
-
-    def flush(self) -> None:
-        """Add what was computed since the last time to the folder, where the table has one."""
+    def record_correct(self, rows: ArrayLike, columns: ArrayLike, values: ArrayLike) -> None:
+        """Record whether the greedy answers of the cells (`rows[i]`, `columns[i]`) are right, 1 or 0."""
+        rows, columns = np.asarray(rows, dtype=np.int64), np.asarray(columns, dtype=np.int64)
         if self._parent is not None:
-            self._parent[0].flush()
-        elif self._files is not None and self._to_add.any():
-            if not self._noted:
-                self._files.write_prompts(prompt_columns(self))
-                self._noted = True
-            self._files.write("added", columns_of(self, *np.nonzero(self._to_add)))
-            self._files.complete()
-            self._to_add[:] = False
-        self._added = time.monotonic()
-
-    def save(self, folder: str | Path) -> None:
-        """Write the table, complete or not, to a folder of Parquet files. What is there of others stays."""
-        if self._parent is not None:
-            raise ValueError("a subset is not saved by itself: save the table that it is a part of")
-        files = RewardFiles(folder, self.origin)
-        files.write_prompts(prompt_columns(self))
-        files.write("added", columns_of(self, *np.nonzero(~np.isnan(self.losses))))
-        files.complete()
-
-    @classmethod
-    def load(cls, folder: str | Path, insert_layers: Sequence[int] | None = None) -> RewardTable:
-        """Read a table from its folder, without a backbone: all prompts in it, at all layers in it.
-
-        The largest data set's prompts come first, in their order. `insert_layers` chooses some layers. Losses
-        that nobody has computed yet are NaN (`complete` says whether there are any). Raises `ValueError`
-        naming the file that is damaged or missing, and where the folder holds no table.
-        """
-        files = RewardFiles(folder)
-        if missing := files.missing():
-            raise ValueError(
-                f"{files.folder / missing[0]} is missing: compute it again with the command that wrote the "
-                f"table, or remove {files.folder / '_manifest.json'} to read what is left"
-            )
-        shards = list(files.read_new())
-        prompts = prompts_of(files.prompt_lists())
-        found = sorted(
-            {int(layer) for shard in shards for layer in shard["insert_layer"].unique().to_pylist()}
-        )
-        if not shards or not prompts["prompt_id"]:
-            raise ValueError(f"{folder} holds no losses yet: finish the command that writes the table")
-        layers = found if insert_layers is None else list(insert_layers)
-        table = cls.from_losses(
-            np.full((len(prompts["prompt_id"]), len(layers)), np.nan),
-            layers,
-            files.origin["num_layers"],
-            sources=prompts["source"],
-            image_keys=prompts["image_key"],
-            prompt_ids=prompts["prompt_id"],
-            prompt_keys=prompts["prompt_key"],
-        )
-        table.group_keys = prompts["group_key"]
-        table._origin = {name: value for name, value in files.origin.items() if name != "format"}
-        take_over(table, shards)
-        return table
-
-    def _compute_group(self, forward: GroupForward, group: int, columns: NDArray[np.int64]) -> None:
-        members = self.groups[group]
-        # The same question asked twice is computed once: its content alone decides its loss.
-        first, position = distinct([self.prompt_keys[index] for index in members])
-        chosen = members[first]
-        layers = [self.insert_layers[column] for column in columns]
-        result = forward.run([self._prompts[index] for index in chosen], layers)
-        if not np.isfinite(result.losses).all():
-            row, column = np.argwhere(~np.isfinite(result.losses))[0]
-            raise ValueError(
-                f"the loss of prompt {self.prompt_ids[chosen[row]]!r} at insert layer {layers[column]} is "
-                f"{result.losses[row, column]}; check that its answer is not empty, or try another --dtype"
-            )
-        cells = np.ix_(members, columns)
-        self.losses[cells] = result.losses[position]
-        self._first_tokens[cells] = result.first_tokens[position]
-        self._greedy[cells] = result.greedy[position]
-        if 0 in layers:
-            self._first_tokens[members, -1] = result.first_tokens[position, layers.index(0)]
-        tokens = result.text_tokens[position], result.multimodal_tokens[position]
-        self._flops[members] = self._count(members, *tokens)
-        self._to_add[cells] = True
-
-    def _count(
-        self, rows: NDArray[np.int64], text: NDArray[np.int64], multimodal: NDArray[np.int64]
-    ) -> FloatArray:
-        """FLOPs of prompts with so many tokens, at the candidates and at layer 0."""
-        prompts = [self._prompts[row] for row in rows]
-        return prefill_flops(self._costs, prompts, text, multimodal, (*self.insert_layers, 0))
-
-    @cached_property
-    def _costs(self) -> CostModel:
-        from deepinsert.backbones import CostModel
-
-        return CostModel.from_model(self._backbone.model)
+            parent, indices = self._parent
+            parent.record_correct(indices[rows], columns, values)
+        self._cells.correct[rows, columns] = np.asarray(values, dtype=np.float64)
+        if self.folder is not None:
+            self.folder.mark(rows, columns)
 
     def _all_flops(self) -> FloatArray:
+        """Return the prefill FLOPs (P, K + 1) at the candidates and, last, at layer 0."""
         if self._parent is not None:
             parent, indices = self._parent
             return parent._all_flops()[indices]
-        unknown = np.isnan(self._flops).any(axis=1)
-        if unknown.any() and self._forward is None:
+        unknown = np.isnan(self._cells.flops).any(axis=1)
+        if unknown.any() and self._computer is None:
             raise LookupError("this table does not know the FLOPs of every prompt: give them to from_losses")
-        for group in np.unique(self.group_of[unknown]):
-            rows = self.groups[group]
-            block = BlockForward(self._backbone, [self._prompts[row] for row in rows])
-            self._flops[rows] = self._count(rows, *block.count_tokens(block.encode(slice(None))))
-        return self._flops
+        if self._computer is not None:
+            for group in np.unique(self.group_of[unknown]):
+                self._computer.count_flops(self._cells, self.groups[group])
+        return self._cells.flops
+
+    def flush(self) -> None:
+        """Add cells that are not yet in the table's folder to it; does nothing without a folder."""
+        table, _ = self._source()
+        if table.folder is not None:
+            table.folder.flush()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the table, complete or not, to a folder of Parquet files; other files in it stay.
+
+        Raises:
+            ValueError: for a subset; save the table that it is a part of.
+        """
+        if self._parent is not None:
+            raise ValueError("a subset is not saved by itself: save the table that it is a part of")
+        save_cells(folder, self._names, self._cells, self._origin)
 
 
-def check_layers(insert_layers: Sequence[int] | Literal["all"], num_layers: int) -> tuple[int, ...]:
-    """Candidate insert layers as a tuple; "all" is 0 to N-1. Raises `ValueError` unless ascending in 0..N."""
-    layers = (
-        tuple(range(num_layers)) if insert_layers == "all" else tuple(int(layer) for layer in insert_layers)
-    )
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > num_layers:
-        raise ValueError(
-            f"insert_layers {insert_layers!r}: give ascending layers from 0 to {num_layers}, or 'all'"
-        )
-    return layers
-
-
-def check_skip_weight(skip_weight: float) -> float:
-    """`skip_weight` where it is finite and not negative; `ValueError` otherwise."""
-    if not (np.isfinite(skip_weight) and skip_weight >= 0):
-        raise ValueError(f"skip_weight {skip_weight!r}: give a finite weight of at least 0")
-    return float(skip_weight)
-
-
-def _given_flops(
-    flops: ArrayLike, full_flops: ArrayLike | None, insert_layers: tuple[int, ...], shape: tuple[int, ...]
-) -> FloatArray:
-    """FLOPs (P, K + 1) at the candidates and, last, at layer 0."""
-    known = np.asarray(flops, dtype=np.float64)
-    if full_flops is None and insert_layers[0] != 0:
-        raise ValueError("layer 0 is not a candidate: give full_flops, the FLOPs at layer 0, too")
-    if known.shape != shape:
-        raise ValueError(f"flops of shape {known.shape}: expected {shape}")
-    stock = known[:, 0] if full_flops is None else np.asarray(full_flops, dtype=np.float64)
-    return np.column_stack([known, stock])
-
-
-def _names(name: str, values: Sequence[str] | None, default: list[str]) -> list[str]:
-    if values is None:
-        return default
-    if len(values) != len(default):
-        raise ValueError(f"{name}: {len(values)} values for {len(default)} prompts")
-    return [str(value) for value in values]
+def _read_only(array: Array) -> Array:
+    """Return a view that cannot be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -69,7 +69,7 @@ def test_losses_are_those_of_each_prompt_alone(small_backbone, prompts):
     layers = range(small_backbone.num_layers + 1)
     forward = GroupForward(small_backbone)
     result = forward.run(prompts, layers)
-    assert forward.apart is None
+    assert forward.unshared_reason is None
     np.testing.assert_allclose(result.losses, alone(small_backbone, prompts, layers), atol=1e-5, rtol=1e-5)
     assert np.ptp(result.losses[:-1], axis=1).min() > 1e-3, "insert layers must matter, or this shows nothing"
 
@@ -151,7 +151,7 @@ def test_a_model_that_cannot_share_gives_the_same(small_backbone, prompts):
         result = forward.run(prompts, layers)
     finally:
         small_backbone.model.eval()
-    assert forward.apart == "it is in training mode"
+    assert forward.unshared_reason == "it is in training mode"
     np.testing.assert_allclose(result.losses, whole.losses, atol=1e-5, rtol=1e-5)
     np.testing.assert_array_equal(result.text_tokens, whole.text_tokens)
 

@@ -24,8 +24,8 @@ from deepinsert.backbones import load_backbone
 from deepinsert.envs import RewardTable, load_instructions, prompts_from
 from deepinsert.envs.rewards import files as reward_files
 from deepinsert.envs.rewards import keys as prompt_keys
-from deepinsert.envs.rewards import table as rewards
 from deepinsert.envs.rewards.files import MANIFEST, RewardFiles
+from deepinsert.envs.rewards.group_forward import GroupForward
 
 LAYERS = (0, 3, 8)
 
@@ -58,7 +58,7 @@ def assert_same(mine, theirs):
 @pytest.fixture
 def no_forward(monkeypatch):
     """Fails a test that computes anything."""
-    monkeypatch.setattr(RewardTable, "_compute_group", None)
+    monkeypatch.setattr(GroupForward, "run", None)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def shards(folder):
 def test_save_and_load(table, folder):
     loaded = RewardTable.load(folder)
     assert_same(loaded, table)
-    for name in ("sources", "image_keys", "prompt_keys", "num_layers", "identity", "origin"):
+    for name in ("sources", "image_keys", "prompt_keys", "num_layers", "origin"):
         assert getattr(loaded, name) == getattr(table, name)
     np.testing.assert_array_equal(loaded.bonus("flops"), table.bonus("flops"))
     with pytest.raises(LookupError, match="no backbone"):
@@ -115,7 +115,7 @@ def test_what_a_folder_knows_is_not_computed(tiny_backbone, prompts, table, fold
     )
 
 
-def test_what_is_computed_is_added(tiny_backbone, prompts, table, tmp_path, monkeypatch):
+def test_what_is_computed_is_added(tiny_backbone, prompts, table, tmp_path):
     first = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)
     first.loss(0, 1)
     assert not list(tmp_path.iterdir())
@@ -123,7 +123,7 @@ def test_what_is_computed_is_added(tiny_backbone, prompts, table, tmp_path, monk
     assert len(shards(tmp_path)) == 1
     first.flush()
     assert len(shards(tmp_path)) == 1  # nothing new
-    monkeypatch.setattr(rewards, "ADD_SECONDS", 0.0)
+    first = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path, flush_seconds=0.0)
     first.subset([5, 6]).loss(0, 2)
     assert len(shards(tmp_path)) == 2
     again = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)
@@ -150,13 +150,8 @@ def test_prompts_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_pat
         [prompt for prompt in prompts if prompt.image_key not in last][1:],
         prompts,
     ):
-        part = RewardTable(tiny_backbone, chosen, LAYERS)
-        files = RewardFiles(tmp_path, part.origin)
-        rewards.take_over(part, files.read_new(), same_group=True)
-        missing = np.isnan(part.losses)
+        part = RewardTable(tiny_backbone, chosen, LAYERS, folder=tmp_path, same_group=True)
         part.fill()
-        files.write_prompts(rewards.prompt_columns(part))
-        files.write("added", rewards.columns_of(part, *np.nonzero(missing)))
     assert_same(part, table)
     assert_same(RewardTable.load(tmp_path), table)
     rows = [file.num_rows for file in map(pq.read_table, shards(tmp_path))]
@@ -169,8 +164,7 @@ def test_another_group_s_losses_serve_a_table_of_some_questions(tiny_backbone, p
     found = RewardTable(tiny_backbone, one, LAYERS, folder=folder)
     assert found.group_keys[0] != table.group_keys[1]
     np.testing.assert_array_equal(found.losses, table.losses[1:2])
-    alone = RewardTable(tiny_backbone, one, LAYERS)
-    rewards.take_over(alone, RewardFiles(folder, alone.origin).read_new(), same_group=True)
+    alone = RewardTable(tiny_backbone, one, LAYERS, folder=folder, same_group=True)
     assert np.isnan(alone.losses).all()
     alone.fill()
     np.testing.assert_allclose(alone.losses, found.losses, atol=1e-5)
@@ -205,13 +199,12 @@ def test_unfinished_tables_are_not_taken_for_whole(tiny_backbone, prompts, tmp_p
     monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
     with pytest.raises(ValueError, match="holds no reward table"):
         RewardTable.load(tmp_path / "nowhere")
-    part = RewardTable(tiny_backbone, prompts, LAYERS)
-    files = RewardFiles(tmp_path, part.origin)
-    files.write_prompts(rewards.prompt_columns(part))
+    part = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)
+    part.folder.write_prompts()
     with pytest.raises(ValueError, match="no losses yet"):
         RewardTable.load(tmp_path)
     part.loss(0, 0)
-    files.write("losses-00000", rewards.columns_of(part, *np.nonzero(~np.isnan(part.losses))))
+    part.folder.write_shard(0, *np.nonzero(~np.isnan(part.losses)))
     loaded = RewardTable.load(tmp_path)
     assert len(loaded) == len(prompts) and not loaded.complete and loaded.insert_layers == (0,)
 
@@ -327,23 +320,22 @@ def test_the_manifest_s_hash_is_checked(folder):
 
 def test_the_manifest_is_the_same_whoever_writes_it(table, folder, tmp_path):
     written = (folder / MANIFEST).read_bytes()
-    RewardFiles(folder, table.origin).complete()
+    RewardFiles(folder, table.origin).write_manifest()
     assert (folder / MANIFEST).read_bytes() == written
     table.save(tmp_path / "other")
     assert (tmp_path / "other" / MANIFEST).read_bytes() == written
 
 
-def test_a_failed_write_leaves_nothing(table, folder, monkeypatch):
+def test_a_failed_write_leaves_nothing(tiny_backbone, prompts, table, folder, monkeypatch):
     before = sorted(os.listdir(folder))
+    again = RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
 
     def full(*_args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
-        RewardFiles(folder, table.origin).write(
-            "added", rewards.columns_of(table, *np.nonzero(table.losses > 1))
-        )
+        again.folder.write_shard(0, *np.nonzero(table.losses > 1))
     assert sorted(os.listdir(folder)) == before
 
 
@@ -351,19 +343,21 @@ WRITER = """
 import sys
 import numpy as np
 from deepinsert import RewardTable
-from deepinsert.envs.rewards.files import RewardFiles
-from deepinsert.envs.rewards.table import columns_of, prompt_columns
+from deepinsert.envs.rewards.cells import Cells
+from deepinsert.envs.rewards.prompt_names import PromptNames
+from deepinsert.envs.rewards.table_folder import TableFolder
 rng = np.random.default_rng(0)
-table = RewardTable.from_losses(rng.random((2000, 32)), range(32), 32)
-files = RewardFiles(sys.argv[1], table.origin)
-files.write_prompts(prompt_columns(table))
+table = RewardTable.from_losses(np.zeros((1, 32)), range(32), 32)
+names = PromptNames.of_losses(2000)
+cells = Cells.of_losses(rng.random((2000, 32)), range(32), 32)
+folder = TableFolder(sys.argv[1], names, cells, table.origin)
+folder.write_prompts()
 print("ready", flush=True)
 number = 0
 while True:
-    rows, cols = np.repeat(np.arange(20) + number % 100 * 20, 32), np.tile(np.arange(32), 20)
-    table.losses[rows, cols] += 1
-    files.write(f"losses-{number:05d}", columns_of(table, rows, cols))
-    files.complete()
+    rows, columns = np.repeat(np.arange(20) + number % 99 * 20, 32), np.tile(np.arange(32), 20)
+    folder.write_shard(number, rows, columns)
+    folder.write_manifest()
     number += 1
 """
 

@@ -15,8 +15,8 @@ from PIL import Image
 from deepinsert.backbones import CostModel, load_backbone
 from deepinsert.envs import Prompt, RewardTable, encode, load_instructions, prompts_from
 from deepinsert.envs.prompts import ImageRef
+from deepinsert.envs.rewards import cell_computer
 from deepinsert.envs.rewards import keys as prompt_keys
-from deepinsert.envs.rewards import table as rewards
 from deepinsert.envs.rewards.group_forward import GroupForward
 
 LAYERS = (0, 3, 8)
@@ -59,7 +59,7 @@ class Counted(GroupForward):
 @pytest.fixture
 def runs(monkeypatch):
     """What group forwards are asked for while a test runs: prompts and layers of each."""
-    monkeypatch.setattr(rewards, "GroupForward", Counted)
+    monkeypatch.setattr(cell_computer, "GroupForward", Counted)
     monkeypatch.setattr(Counted, "runs", [])
     return Counted.runs
 
@@ -222,24 +222,24 @@ def test_agreement_needs_layer_0(tiny_backbone, prompts):
 
 
 def test_a_table_says_why_prompts_ran_by_themselves(tiny_backbone, prompts, table):
-    assert table.apart is None
+    assert table.unshared_reason is None
     tiny_backbone.model.train()
     try:
         alone = RewardTable(tiny_backbone, prompts[:1], (0,))
         alone.fill()
     finally:
         tiny_backbone.model.eval()
-    assert alone.apart == "it is in training mode"
+    assert alone.unshared_reason == "it is in training mode"
 
 
 def test_digest_tells_tables_apart(tiny_backbone, prompts, table):
     other = RewardTable(tiny_backbone, prompts, LAYERS)
-    assert other.identity == table.identity and other.digest != table.digest
+    assert other.origin == table.origin and other.digest != table.digest
     other.fill()
     assert other.digest == table.digest and len(table.digest) == 16
     assert RewardTable(tiny_backbone, prompts, (0, 3, 7)).digest != table.digest
     moved = table.subset(np.arange(len(table))[::-1])
-    assert moved.identity == table.identity and moved.digest == table.digest
+    assert moved.origin == table.origin and moved.digest == table.digest
     changed = RewardTable.from_losses([[1.0, 2.0]], (0, 1), 2)
     assert changed.digest == RewardTable.from_losses([[1.0, 2.0]], (0, 1), 2).digest
     assert changed.digest != RewardTable.from_losses([[1.0, 2.5]], (0, 1), 2).digest
@@ -266,14 +266,13 @@ def test_a_loss_without_a_backbone_is_an_error():
 def test_reward_is_minus_loss_plus_weighted_bonus():
     losses = np.array([[1.0, 2.0, 3.0], [0.5, 0.25, 4.0]])
     flops = np.array([[100.0, 80.0, 60.0], [10.0, 10.0, 12.0]])
-    table = RewardTable.from_losses(losses, (0, 2, 4), 4, flops=flops)
+    table = RewardTable.from_losses(losses, (0, 2, 4), 4, flops=flops, times=[1.0, 0.75, 1.01])
     np.testing.assert_allclose(table.bonus(), [[0, 0.5, 1], [0, 0.5, 1]])
     np.testing.assert_allclose(table.bonus("flops"), [[0, 0.2, 0.4], [0, 0, 0]])
     np.testing.assert_allclose(table.rewards(0.5), [[-1, -1.75, -2.5], [-0.5, 0, -3.5]])
     np.testing.assert_allclose(table.rewards(2, "flops"), [[-1, -1.6, -2.2], [-0.5, -0.25, -4]])
     with pytest.raises(LookupError, match="no times"):
-        table.bonus("time")
-    table.times = np.array([1.0, 0.75, 1.01])
+        RewardTable.from_losses(losses, (0, 2, 4), 4).bonus("time")
     np.testing.assert_allclose(table.bonus("time"), [[0, 0.25, 0]] * 2)
     np.testing.assert_allclose(table.subset([1]).bonus("time"), [[0, 0.25, 0]])
     with pytest.raises(ValueError, match="'width'"):

@@ -24,6 +24,7 @@ from deepinsert.controller.options import TrainPolicyOptions
 from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.studies.lambda_study import study
 from deepinsert.envs.observations import Normaliser
+from deepinsert.envs.rewards.group_forward import GroupForward
 from deepinsert.envs.rewards.table import RewardTable
 from deepinsert.envs.skip_weights import SkipWeights
 
@@ -342,7 +343,7 @@ def test_command_takes_losses_from_a_table_and_the_observation_from_its_options(
         steps=20_000,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RewardTable, "_compute_group", None)  # every loss is there already
+        patch.setattr(GroupForward, "run", None)  # every loss is there already
         result = run(other)
     assert not (tmp_path / "table").exists()
     assert result["observation"] == "hidden:2+image" and result["skip_weight_range"] == [0.5, 0.5]
@@ -357,7 +358,7 @@ def test_command_continues_from_its_table_to_the_same_end(policy_run, monkeypatc
     options, result = policy_run
     weights = (options.out / "policy.safetensors").read_bytes()
     (options.out / "result.json").unlink()
-    monkeypatch.setattr(RewardTable, "_compute_group", None)  # every loss is there already
+    monkeypatch.setattr(GroupForward, "run", None)  # every loss is there already
     assert run(options) == result
     assert (options.out / "policy.safetensors").read_bytes() == weights
 

@@ -80,13 +80,23 @@ def best_layer():
 @pytest.fixture(scope="session")
 def source_table(tiny_backbone, rendered_prompts, best_layer):
     """A table with the real FLOPs of the rendered prompts; losses rise by 1 nat per layer beyond the best."""
-    table = RewardTable(tiny_backbone, rendered_prompts, SOURCE_LAYERS)
+    real = RewardTable(tiny_backbone, rendered_prompts, SOURCE_LAYERS)
     limits = np.array([[best_layer(prompt)] for prompt in rendered_prompts])
-    noise = [int(key, 16) / 16**16 / 50 for key in table.prompt_keys]  # equal for equal prompts
-    table.losses[:] = 0.5 + np.array(noise)[:, None] + np.maximum(0, np.array(SOURCE_LAYERS) - limits)
-    table.correct[:] = table.losses < 1
-    assert table.flops.all()
-    return table
+    noise = [int(key, 16) / 16**16 / 50 for key in real.prompt_keys]  # equal for equal prompts
+    losses = 0.5 + np.array(noise)[:, None] + np.maximum(0, np.array(SOURCE_LAYERS) - limits)
+    return RewardTable.from_losses(
+        losses,
+        SOURCE_LAYERS,
+        real.num_layers,
+        correct=losses < 1,
+        flops=real.flops,
+        full_flops=real.stock_flops,
+        sources=real.sources,
+        image_keys=real.image_keys,
+        prompt_ids=real.prompt_ids,
+        prompt_keys=real.prompt_keys,
+        origin=real.origin,
+    )
 
 
 @pytest.fixture(scope="session")

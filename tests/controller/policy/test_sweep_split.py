@@ -16,6 +16,7 @@ import pytest
 from deepinsert.controller.options import SweepOptions
 from deepinsert.controller.policy import sweep
 from deepinsert.envs import RewardTable
+from deepinsert.envs.rewards.group_forward import GroupForward
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -153,10 +154,7 @@ def test_sweeps_share_a_table(options_for, whole, tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     sweep.run(options_for(tmp_path / "first", table=shared))
     computed = []
-    group = RewardTable._compute_group
-    monkeypatch.setattr(
-        RewardTable, "_compute_group", lambda self, *given: (computed.append(given[1]), group(self, *given))
-    )
+    monkeypatch.setattr(GroupForward, "run", lambda *arguments: computed.append(arguments))
     sweep.run(options_for(tmp_path / "second", table=shared))
     assert not computed
     assert (tmp_path / "second" / "result.json").read_bytes() == (whole / "result.json").read_bytes()
