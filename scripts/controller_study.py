@@ -1,6 +1,7 @@
 """Fills docs/controller.md: `python scripts/controller_study.py --data easy_vqa/train.json --out runs/study`.
 
-Sweep, policies of every algorithm, ablations, recommendation, evaluation; what is finished is kept.
+It runs the sweep, the policies of every algorithm, the ablations, the recommendation and the evaluation.
+Finished parts are not repeated.
 """
 
 from __future__ import annotations

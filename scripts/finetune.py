@@ -1,6 +1,7 @@
-"""What torchrun starts: `torchrun --nproc_per_node 4 scripts/finetune.py --data DATA --out RUN`.
+"""Finetunes under torchrun: `torchrun --nproc_per_node 4 scripts/finetune.py --data DATA --out RUN`.
 
-Options are those of `deepinsert finetune`; `scripts/accelerate` has configurations of `accelerate launch`.
+The options are those of `deepinsert finetune`. `scripts/accelerate` has configurations for
+`accelerate launch`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An lmms-eval task of your own questions: `python scripts/lmms_task.py --data my.json --out runs/task`.
+"""Makes an lmms-eval task of your questions: `python scripts/lmms_task.py --data my.json --out runs/task`.
 
 Then `lmms_eval --include_path runs/task --tasks instructions --model deepinsert --batch_size 8`.
 """

@@ -1,6 +1,6 @@
-"""What should a layer policy see? `python scripts/observation_ablation.py --data FILE --out runs/ablation`.
+"""Compares a policy's observations: `python scripts/observation_ablation.py --data FILE --out runs/ablation`.
 
-FILE is in LLaVA's JSON. The same command again continues a run that was cut off.
+FILE is in LLaVA's JSON. The same command continues an interrupted run.
 """
 
 from __future__ import annotations

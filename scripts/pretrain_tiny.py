@@ -1,6 +1,6 @@
-"""Makes the embedded tiny backbone from nothing: `python scripts/pretrain_tiny.py --out runs/tiny`.
+"""Trains the embedded tiny backbone from scratch: `python scripts/pretrain_tiny.py --out runs/tiny`.
 
-About half an hour on one CPU thread; `--quick` takes seconds and shows that everything works.
+The training takes about half an hour on one CPU thread; `--quick` takes seconds and tries every step.
 """
 
 from __future__ import annotations

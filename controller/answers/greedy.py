@@ -114,11 +114,18 @@ def answer_limits(backbone: Backbone, prompts: Sequence[Prompt]) -> list[int]:
 def answers_without_generation(
     backbone: Backbone, prompts: Sequence[Prompt], selected: NDArray[np.bool_], batch_size: int = 32
 ) -> list[str | None]:
-    """Return what greedy decoding writes if every token of a prompt's reference is the most probable one.
+    """Return the greedy answers to prompts whose reference consists of the most probable tokens.
 
-    The answer is None for prompts outside `selected` (P,), and for those whose decoding may differ from the
-    reference: its tokens do not continue the prompt's tokens (a tokenizer may merge across the border), it
-    does not end in a token that ends generation, or the generation config changes the choice of tokens.
+    Args:
+        backbone: the backbone that answers.
+        prompts: the P prompts, each with its reference.
+        selected: (P,), whether every token of a reference is the most probable one.
+        batch_size: prompts that are encoded together.
+
+    Returns:
+        The answers. An answer is None outside `selected`, and if decoding may differ from the reference: its
+        tokens do not continue the prompt's tokens (a tokenizer may merge across the border), it does not end
+        in a token that ends generation, or the generation config changes the choice of tokens.
     """
     config: Any = backbone.model.generation_config
     answers: list[str | None] = [None] * len(prompts)

@@ -1,1 +1,1 @@
-"""Finetuning a variant at a fixed insert layer, its checkpoints, and what is saved and published of it."""
+"""Finetuning a variant at a fixed insert layer: recipe, trainer, checkpoints, saving and publishing."""

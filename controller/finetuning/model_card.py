@@ -1,13 +1,13 @@
-"""The model card of a variant: what it is, what it was trained on and how, how to load it, how well it does.
+"""The model card of a variant: its insert layer, data, recipe and results, and how to load it.
 
-Written by huggingface_hub's own classes, so that the Hub reads its metadata. Paths of this machine stay out
-of it: a card is made to be published.
+The classes of huggingface_hub write it, so that the Hub can read its metadata. It contains no paths of this
+machine, because cards are published.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from deepinsert.controller.runs.atomic_files import atomic_file
 from deepinsert.controller.runs.manifest import CARD
+from deepinsert.controller.tables import markdown_table
 
 PAPER = "https://arxiv.org/abs/2504.19327"
 TASK = "image-text-to-text"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
-HERE = "."  # what the snippets load until the card is published
-NO_RESULTS = "Not evaluated yet: `deepinsert evaluate --variants RUN_FOLDER` fills in this table."
-# Options that say where a run goes or how it is stored, not what it finds.
-UNTOLD = ("out", "device", "data", "image_root", "backbone", "save_every", "max_bad", "report_to")
-UNTOLD_PREFIXES = ("push_", "hub_")
+LOCAL_SOURCE = "."  # the folder that the snippets load from until the card is published
+NO_RESULTS = (
+    "The variant is not evaluated yet: `deepinsert evaluate --variants RUN_FOLDER` fills in this table."
+)
+HIDDEN_OPTIONS = ("out", "device", "data", "image_root", "backbone", "save_every", "max_bad", "report_to")
+"""Options that do not affect the trained weights, or that the card shows elsewhere."""
+HIDDEN_PREFIXES = ("push_", "hub_")
 
 BODY = """\
 # {name}
@@ -35,7 +38,7 @@ BODY = """\
 [DeepInsert]({paper}) (Choraria et al., 2025): image, audio or molecule tokens skip the first decoder layers;
 text runs through all of them.
 {meaning}
-The class and the names of the weights are the stock model's; the insert layer is in `{config}`.
+The class and the names of the weights are those of the stock model; `{config}` contains the insert layer.
 
 ## How to load
 
@@ -47,7 +50,7 @@ The class and the names of the weights are the stock model's; the insert layer i
 |---|---|
 | file | `{data_name}` |
 | SHA-256 | `{data_sha256}` |
-| records | {records:,} used, {skipped:,} left out as broken or without their image |
+| records | {records:,} used, {skipped:,} skipped because they are broken or lack their image |
 | share of the file | {percent:g} % |
 | sources | {sources} |
 
@@ -55,7 +58,7 @@ The class and the names of the weights are the stock model's; the insert layer i
 
 {recipe}
 
-Training loss at the end: **{train_loss:.4f}** nats per answer token, after {steps:,} optimiser steps;
+The training loss at the end is **{train_loss:.4f}** nats per answer token, after {steps:,} optimiser steps.
 {trainable:,} of {parameters:,} weights were trained.
 
 ## Results
@@ -73,12 +76,12 @@ LOAD_CHECKPOINT = """\
 ```python
 from deepinsert import Prompt, load_backbone
 
-backbone = load_backbone("{source}")  # model and processor, the insertion installed
+backbone = load_backbone("{source}")  # model and processor, with the insertion installed
 print(backbone.insert_layer)
 print(backbone.generate([Prompt.from_question("What is shown?", "image.png")]))
 ```
 
-or with transformers alone, where `deep_insert` reads the insert layer from `config.json`:
+or with transformers; `deep_insert` reads the insert layer from `config.json`:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -88,19 +91,19 @@ model = deep_insert(AutoModelForImageTextToText.from_pretrained("{source}"))
 processor = AutoProcessor.from_pretrained("{source}")
 ```
 
-Without `deep_insert` it loads too, and multimodal tokens then run through every layer, which it was not
-trained for.
+The checkpoint also loads without `deep_insert`. Multimodal tokens then run through every layer, for which it
+was not trained.
 """
 
 LOAD_ADAPTER = """\
 ```python
 from deepinsert import load_backbone
 
-backbone = load_backbone("{source}")  # base model, adapter merged into it, insertion installed
+backbone = load_backbone("{source}")  # base model with the adapter merged, and the insertion installed
 print(backbone.insert_layer)
 ```
 
-or with PEFT on a base model in hand:
+or with PEFT on a loaded base model:
 
 ```python
 from deepinsert import load_backbone
@@ -113,9 +116,12 @@ model = PeftModel.from_pretrained(base.model, "{source}")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a card tells. `options` are the finetuning's, `result` its result.json, `sources` the records of
-    each, `versions` those of the packages."""
+class CardFacts:
+    """The content of a card.
+
+    `options` are the options of the finetuning, `result` is its `result.json`, `sources` counts the records
+    of each source, and `versions` maps packages to their versions.
+    """
 
     name: str
     backbone: str
@@ -129,8 +135,8 @@ class Facts:
     versions: Mapping[str, str]
 
 
-def write_card(folder: Path, facts: Facts, adapter: bool = False) -> None:
-    """Write `README.md` of a checkpoint, or of an adapter, to `folder`."""
+def write_card(folder: Path, facts: CardFacts, adapter: bool = False) -> None:
+    """Write `README.md` for a checkpoint, or with `adapter` for an adapter, to `folder`."""
     base = base_of(facts, adapter)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     data = ModelCardData(
@@ -142,28 +148,27 @@ def write_card(folder: Path, facts: Facts, adapter: bool = False) -> None:
         model_name=facts.name,
         **relation,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body(facts, adapter)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_body(facts, adapter)}")
     save(card, folder / CARD)
 
 
-def body(facts: Facts, adapter: bool) -> str:
-    """The card's Markdown."""
+def card_body(facts: CardFacts, adapter: bool) -> str:
+    """Return the card's Markdown."""
     options, result = facts.options, facts.result
+    model_names = {"tiny": "The tiny backbone of DeepInsert", None: "An unpublished model"}
     base = facts.backbone if facts.backbone == "tiny" else base_of(facts, adapter)
     fixed = isinstance(facts.insert_layer, int)
     loading = (LOAD_ADAPTER if adapter else LOAD_CHECKPOINT).format(
-        source=HERE, base=base or "BASE_MODEL", insert_layer=facts.insert_layer if fixed else 0
+        source=LOCAL_SOURCE, base=base or "BASE_MODEL", insert_layer=facts.insert_layer if fixed else 0
     )
     return BODY.format(
         name=facts.name,
-        model={"tiny": "The tiny backbone of DeepInsert", None: "A model of its author's"}.get(
-            base, f"`{base}`"
-        ),
+        model=model_names.get(base, f"`{base}`"),
         where=f"decoder layer {facts.insert_layer}" if fixed else "any decoder layer",
         num_layers=facts.num_layers,
         method=options["method"],
         paper=PAPER,
-        meaning=meaning(facts),
+        meaning=layer_meaning(facts),
         config="deepinsert.json" if adapter else "config.json",
         loading=loading.strip(),
         data_name=facts.data_name,
@@ -172,7 +177,7 @@ def body(facts: Facts, adapter: bool) -> str:
         skipped=len(result.get("skipped", ())),
         percent=100 * options["fraction"],
         sources=", ".join(f"{name or 'text'} {count:,}" for name, count in facts.sources.items()) or "-",
-        recipe=table(("option", "value"), recipe_rows(options, result)),
+        recipe=markdown_table(("option", "value"), recipe_rows(options, result)),
         train_loss=result["train_loss"],
         steps=result["steps"],
         trainable=result["trainable_parameters"],
@@ -180,51 +185,54 @@ def body(facts: Facts, adapter: bool) -> str:
         begin=BEGIN,
         no_results=NO_RESULTS,
         end=END,
-        versions=table(("package", "version"), sorted(facts.versions.items())),
+        versions=markdown_table(("package", "version"), sorted(facts.versions.items())),
     )
 
 
-def meaning(facts: Facts) -> str:
-    """What the insert layer spares, in a sentence."""
+def layer_meaning(facts: CardFacts) -> str:
+    """Return a sentence on what the insert layer saves."""
     layer = facts.insert_layer
     if not isinstance(layer, int):
-        return "In training the layer was drawn anew for each example, so any of them may be asked for."
+        return "In training, each example drew its layer anew, so the model can be used at any layer."
     if layer == 0:
         return "Layer 0 is the baseline: nothing is skipped."
     if layer == facts.num_layers:
-        return "Here they never enter: the model answers from the text alone."
+        return "Here they never enter, so the model answers from the text alone."
     return f"Here they skip {layer} of {facts.num_layers} layers, in the prefill and in the KV cache."
 
 
-def recipe_rows(options: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Each option that shapes the result, with what its default came to where the run found that out."""
-    idle = () if options["method"].endswith("lora") else ("lora_rank", "lora_dropout")
+def recipe_rows(options: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the options that affect the trained weights, with defaults as `result` resolved them."""
+    idle: tuple[str, ...] = () if options["method"].endswith("lora") else ("lora_rank", "lora_dropout")
     if options["insert_layer"] != "random":
         idle = (*idle, "insert_layers", "layer_distribution", "distillation")
     rows = []
-    for name, value in options.items():
-        if name in (*UNTOLD, *idle) or name.startswith(UNTOLD_PREFIXES):
+    for name, option in options.items():
+        if name in (*HIDDEN_OPTIONS, *idle) or name.startswith(HIDDEN_PREFIXES):
             continue
-        value = result.get(name, value) if value is None else value
+        value: Any = result.get(name) if option is None else option
         is_path = isinstance(value, Path) or (name == "layer_distribution" and Path(value).is_absolute())
         value = Path(value).name if is_path else value
-        rows.append((f"`--{name.replace('_', '-')}`", value if value not in (None, "", ()) else "by default"))
+        cell = "by default" if value in (None, "", ()) else str(value)
+        rows.append((f"`--{name.replace('_', '-')}`", cell))
     return rows
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    cells = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(heads), ["---"] * len(heads), *cells])
-
-
 def update_results(
-    folder: Path, markdown_table: str, metrics: Mapping[str, float], dataset: str = "held-out questions"
+    folder: Path, results_table: str, metrics: Mapping[str, float], dataset: str = "held-out questions"
 ) -> list[Path]:
-    """Put an evaluation's table and metrics into the cards of a run folder, or of one checkpoint's folder.
+    """Put an evaluation's results into the cards of a run folder, or of one checkpoint's folder.
 
-    The table replaces what stands between the marks of the results, `metrics` the metadata's `model-index`;
-    whatever else a user wrote stays. Returns the cards changed; a card without the marks is left alone.
+    The rest of a card stays as it is, and so do cards without the markers of the results.
+
+    Args:
+        folder: the run folder, or the folder of a checkpoint.
+        results_table: replaces the text between the markers of the results.
+        metrics: replaces the `model-index` of the metadata.
+        dataset: the name of the data that the model was evaluated on.
+
+    Returns:
+        The cards that have changed.
     """
     cards = [path / CARD for path in (folder, folder / "checkpoint", folder / "adapter")]
     changed = []
@@ -236,7 +244,7 @@ def update_results(
         _, end, after = rest.partition(END)
         if not begin or not end:
             continue
-        card.text = f"{before}{BEGIN}\n{markdown_table.strip()}\n{END}{after}"
+        card.text = f"{before}{BEGIN}\n{results_table.strip()}\n{END}{after}"
         card.data.model_name = card.data.model_name or folder.name
         card.data.eval_results = [
             EvalResult(
@@ -254,26 +262,32 @@ def update_results(
 
 
 def published_as(text: str, repository: str, subfolder: str = "") -> str:
-    """The card's `text` with snippets that load from the Hub instead of the folder they lie in."""
+    """Return the card's `text` with snippets that load from the Hub instead of the card's own folder."""
     source = f'"{repository}"' + (f', subfolder="{subfolder}"' if subfolder else "")
-    return re.sub(rf'((?:load_backbone|from_pretrained)\([\w., ]*)"{re.escape(HERE)}"', rf"\1{source}", text)
+    return re.sub(
+        rf'((?:load_backbone|from_pretrained)\([\w., ]*)"{re.escape(LOCAL_SOURCE)}"', rf"\1{source}", text
+    )
 
 
 def save(card: ModelCard, path: Path) -> None:
-    """Write a card, whole or not at all."""
+    """Write a card atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(str(card), "utf-8")
 
 
-def base_of(facts: Facts, adapter: bool) -> str | None:
-    """The base model's id on the Hub, None where there is none. An adapter fits the very weights that it was
-    trained on, not those that they in turn were finetuned from."""
+def base_of(facts: CardFacts, adapter: bool) -> str | None:
+    """Return the base model's id on the Hub, or None if it has none.
+
+    An adapter fits only the weights that it was trained on, so a local folder has no base model that it fits.
+    """
     return None if adapter and Path(facts.backbone).exists() else published_base(facts.backbone)
 
 
 def published_base(backbone: str) -> str | None:
-    """The base model's id on the Hub: `--backbone` itself, or what the card in that folder names; None where
-    there is none, as for the tiny backbone."""
+    """Return the base model's id on the Hub, or None for models without one, such as the tiny backbone.
+
+    It is `backbone` itself, or the id that the card in the folder `backbone` names.
+    """
     card = Path(backbone) / CARD
     if card.is_file():
         base = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
@@ -283,5 +297,5 @@ def published_base(backbone: str) -> str | None:
 
 
 def dataset_id(name: str) -> str:
-    """A name as the Hub's metadata allows it: letters, digits, dots, dashes."""
+    """Return a name that the Hub's metadata allows: letters, digits, dots and dashes."""
     return re.sub(r"[^\w.-]+", "-", Path(name).stem).strip("-.") or "data"

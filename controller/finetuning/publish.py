@@ -1,12 +1,12 @@
-"""`--push-to-hub`: a finished variant on the Hugging Face Hub, as the Trainer's users know it.
+"""`--push-to-hub`: pushes a finished variant to the Hugging Face Hub, with the options of the Trainer.
 
-What fails there costs nothing here: the variant is in the run folder, and the same command pushes again.
+After a failed push the variant is still complete in the run folder, and the same command pushes it again.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.errors import HTTPError as NetworkError  # of the HTTP library in use, which changed
+
+# The base class of errors of the HTTP library in use (httpx, later httpx2), imported there without `__all__`.
+from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
 from deepinsert.controller.options import FinetuneOptions
 from deepinsert.controller.runs.manifest import CARD, check_complete
@@ -27,76 +29,93 @@ from deepinsert.controller.runs.manifest import CARD, check_complete
 from .model_card import published_as
 
 FOLDERS = {"checkpoint": "", "adapter": "adapter"}
-"""Folders of a run that are published, and where they go in the repository."""
+"""Folders of a run that are published, with their paths in the repository."""
+
+logger = logging.getLogger("deepinsert")
 
 
 class PublishError(OSError):
-    """The variant could not be pushed; it is whole in the run folder."""
+    """The variant could not be pushed; it is complete in the run folder."""
 
 
 def publish(options: FinetuneOptions) -> str:
-    """Push the checkpoint, and an adapter of a published backbone, to `--hub-model-id`; returns its address.
+    """Push the checkpoint, and an adapter of a published backbone, to `--hub-model-id`.
 
-    The repository is made where there is none, private with `--hub-private-repo`. Raises `PublishError` with
-    what to do where the Hub cannot be reached or refuses.
+    A missing repository is created; `--hub-private-repo` makes it private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        PublishError: the Hub cannot be reached or refuses; the message says what to do.
+        CheckpointError: a folder is damaged.
     """
     out = Path(options.out)
-    wanted = options.hub_model_id or repository_name(out)
-    folders = {out / name: place for name, place in FOLDERS.items() if (out / name).is_dir()}
+    repository = options.hub_model_id or repository_name(out)
+    folders = {out / name: path for name, path in FOLDERS.items() if (out / name).is_dir()}
     if Path(options.backbone).is_dir() and folders.pop(out / "adapter", None) is not None:
-        print(
-            f"{out / 'adapter'} is not pushed: it fits the model in {options.backbone}, which others do not "
-            "have. The checkpoint holds both",
-            file=sys.stderr,
+        logger.warning(
+            "%s is not pushed: it fits the model in %s, which other users do not have; the checkpoint "
+            "contains both",
+            out / "adapter",
+            options.backbone,
         )
     for folder in folders:
         check_complete(folder)
     try:
-        if constants.HF_HUB_OFFLINE:  # `create_repo` would try the network
+        if constants.HF_HUB_OFFLINE:  # otherwise `create_repo` would try the network
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set: unset it to push")
         api = HfApi()
-        # None leaves it to the organisation's own default, as in the Trainer.
+        # None means the default of the organisation, as in the Trainer.
         private = True if options.hub_private_repo else None
-        repository = api.create_repo(wanted, private=private, exist_ok=True).repo_id
-        for folder, place in folders.items():
-            push_folder(api, repository, folder, place)
+        repository_id = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        for folder, path in folders.items():
+            push_folder(api, repository_id, folder, path)
     except (NetworkError, HFValidationError, OSError) as error:
         raise PublishError(
-            f"--push-to-hub: {wanted} could not be pushed: {reason(error)}. The variant is safe in "
-            f"{out / 'checkpoint'}; the same command pushes it again, without training"
+            f"--push-to-hub: {repository} could not be pushed: {failure_reason(error)}. The variant is safe "
+            f"in {out / 'checkpoint'}; the same command pushes it again, without training"
         ) from error
-    return f"{api.endpoint}/{repository}"
+    return f"{api.endpoint}/{repository_id}"
 
 
-def push_folder(api: HfApi, repository: str, folder: Path, place: str) -> None:
-    """One commit with a folder's files, its card naming the repository to load from."""
+def push_folder(api: HfApi, repository_id: str, folder: Path, path_in_repo: str) -> None:
+    """Push a folder's files in one commit, then its card, whose snippets load from the repository.
+
+    Args:
+        api: the client of the Hub.
+        repository_id: the repository, as user/name.
+        folder: the folder to push.
+        path_in_repo: the folder in the repository; empty for its root.
+    """
     api.upload_folder(
-        repo_id=repository,
+        repo_id=repository_id,
         folder_path=folder,
-        path_in_repo=place or None,
+        path_in_repo=path_in_repo or None,
         ignore_patterns=[CARD, ".*"],
         commit_message=f"Upload {folder.name}",
     )
     card = folder / CARD
     if card.is_file():
         with tempfile.TemporaryDirectory() as temporary:
-            told = Path(temporary) / CARD
-            told.write_text(published_as(card.read_text("utf-8"), repository, place), "utf-8")
+            published_card = Path(temporary) / CARD
+            text = published_as(card.read_text("utf-8"), repository_id, path_in_repo)
+            published_card.write_text(text, "utf-8")
             api.upload_file(
-                repo_id=repository,
-                path_or_fileobj=told,
-                path_in_repo=f"{place}/{CARD}".lstrip("/"),
+                repo_id=repository_id,
+                path_or_fileobj=published_card,
+                path_in_repo=f"{path_in_repo}/{CARD}".lstrip("/"),
                 commit_message=f"Upload the model card of {folder.name}",
             )
 
 
 def repository_name(out: Path) -> str:
-    """A repository's name from the run folder's, as the Trainer takes it; the user's namespace is added."""
+    """Return a repository name made from the run folder's name; the Hub adds the user's namespace."""
     return re.sub(r"[^\w.-]+", "-", out.resolve().name).strip("-.") or "deepinsert"
 
 
-def reason(error: Exception) -> str:
-    """What went wrong and what to do about it, in a line."""
+def failure_reason(error: Exception) -> str:
+    """Return what went wrong and what to do about it, in one line."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
         return "no valid token: log in with `hf auth login`, or set HF_TOKEN to a token that may write"

@@ -1,4 +1,4 @@
-"""Writing a finetuned variant as what others load: an adapter and an ordinary checkpoint, with cards."""
+"""Saves a finetuned variant as an ordinary checkpoint, after LoRA also as an adapter, with model cards."""
 
 from __future__ import annotations
 
@@ -16,44 +16,45 @@ from deepinsert.backbones.compat.peft import CARD as PEFT_CARD
 from deepinsert.backbones.loading import ADAPTER_FACTS
 from deepinsert.backbones.mechanism.insertion import CONFIG_KEY
 from deepinsert.controller.options import FinetuneOptions
-from deepinsert.controller.runs.atomic_files import write_json
+from deepinsert.controller.runs.atomic_files import atomic_folder, write_json
 from deepinsert.controller.runs.machine import package_versions
 from deepinsert.controller.runs.manifest import sha256, write_manifest
 from deepinsert.envs.data.instructions import InstructionData
 
-from .checkpoints import atomic_folder
-from .model_card import Facts, write_card
+from .model_card import CardFacts, write_card
 
 
 def save_variant(
     out: Path,
     backbone: Backbone,
     model: Any,
-    ordinary: Callable[[], Backbone] | None = None,
+    load_unquantised: Callable[[], Backbone] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> str | None:
-    """Write `adapter/` for LoRA, merge it, and write `checkpoint/` in `dtype`; returns the adapter's path, if
-    any.
+    """Write `adapter/` after LoRA, merge the adapter, and write `checkpoint/`.
 
-    Each is whole or absent, with a manifest. The insert layer travels in the checkpoint's `config.json` and
-    beside the adapter in `deepinsert.json`, which `load_backbone` reads. `ordinary` loads the backbone that a
-    quantised model's adapter is merged into: what 4 bits have lost would stay lost.
+    Each folder is complete or absent, and has a manifest. The insert layer is part of the checkpoint's
+    `config.json` and of `deepinsert.json` beside the adapter; `load_backbone` reads both.
+
+    Args:
+        out: the run folder.
+        backbone: the backbone that was finetuned.
+        model: the trained model, a `PeftModel` after LoRA.
+        load_unquantised: loads the backbone to merge the adapter into, if training has quantised it; the
+            rounding of 4 bits must not reach the checkpoint.
+        dtype: the dtype of the checkpoint's weights.
+
+    Returns:
+        The path of the adapter, or None without LoRA.
     """
     remove_leftovers(out)
     model.eval()
     adapter = None
     if isinstance(model, PeftModel):
         adapter = str(out / "adapter")
-        with atomic_folder(out / "adapter") as folder:
-            model.save_pretrained(str(folder))
-            (folder / PEFT_CARD).unlink(missing_ok=True)  # PEFT's own is a form to fill in
-            base = Path(backbone.name)
-            name = str(base.resolve()) if base.is_dir() else backbone.name
-            facts = getattr(backbone.model.config, CONFIG_KEY)
-            write_json(folder / ADAPTER_FACTS, {**facts, "backbone": name})
-            write_manifest(folder)
-        if ordinary is not None:
-            backbone = ordinary()
+        save_adapter(out / "adapter", backbone, model)
+        if load_unquantised is not None:
+            backbone = load_unquantised()
             model = PeftModel.from_pretrained(backbone.model, adapter)
         model = model.merge_and_unload()
     with atomic_folder(out / "checkpoint") as folder:
@@ -62,8 +63,20 @@ def save_variant(
     return adapter
 
 
+def save_adapter(path: Path, backbone: Backbone, model: PeftModel) -> None:
+    """Write the adapter of `model` to the folder `path`, with its insert layer and its backbone."""
+    with atomic_folder(path) as folder:
+        model.save_pretrained(str(folder))
+        (folder / PEFT_CARD).unlink(missing_ok=True)  # PEFT's card is an empty form
+        base = Path(backbone.name)
+        name = str(base.resolve()) if base.is_dir() else backbone.name
+        facts = getattr(backbone.model.config, CONFIG_KEY)
+        write_json(folder / ADAPTER_FACTS, {**facts, "backbone": name})
+        write_manifest(folder)
+
+
 def remove_leftovers(out: Path) -> None:
-    """Remove files that a kill left half written in the run folder."""
+    """Remove the temporary files that a kill has left in the run folder."""
     for path in out.glob(".*.tmp"):
         if path.is_file():
             path.unlink()
@@ -72,9 +85,16 @@ def remove_leftovers(out: Path) -> None:
 def write_cards(
     options: FinetuneOptions, backbone: Backbone, data: InstructionData, result: dict[str, Any]
 ) -> None:
-    """Write the model cards of `checkpoint/` and `adapter/`; `result` is what result.json will hold."""
+    """Write the model cards of `checkpoint/` and `adapter/`.
+
+    Args:
+        options: the options of the finetuning.
+        backbone: the backbone that was finetuned.
+        data: the records that it was finetuned on.
+        result: the content of `result.json`.
+    """
     out = Path(options.out)
-    facts = Facts(
+    facts = CardFacts(
         name=out.resolve().name,
         backbone=options.backbone,
         insert_layer=options.insert_layer,

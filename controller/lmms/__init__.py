@@ -1,4 +1,4 @@
-"""lmms-eval's benchmarks on our backbones: its entry point, the model, and tasks of one's own data.
+"""lmms-eval's benchmarks on DeepInsert backbones: the entry point, the model, and tasks of a user's data.
 
-lmms-eval is no dependency: nothing else imports this room.
+lmms-eval is not a dependency, so no other room imports this one.
 """

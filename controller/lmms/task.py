@@ -1,7 +1,7 @@
-"""An lmms-eval task of one's own questions, from LLaVA's JSON: a folder for its `--include_path`.
+"""Makes an lmms-eval task of a user's questions in LLaVA's JSON: a folder for `--include_path`.
 
-The task asks every question that `deepinsert evaluate` asks, turns before it as context, and scores answers
-by the same exact match, so that both must come to the same accuracy.
+The task asks the same questions as `deepinsert evaluate`, with the earlier turns as context, and scores
+answers by the same exact match, so both give the same accuracy.
 """
 
 from __future__ import annotations
@@ -43,24 +43,26 @@ metric_list:
 
 @dataclass(kw_only=True)
 class TaskOptions:
-    """Make an lmms-eval task of instructions in LLaVA's JSON, images included."""
+    """Make an lmms-eval task of instructions in LLaVA's JSON, with their images."""
 
     data: Path
     """Instructions in LLaVA's JSON."""
     out: Path
-    """Folder to make; give it to lmms_eval as --include_path."""
+    """Folder to create; give it to lmms_eval as --include_path."""
     image_root: Path | None = None
     """Folder that image paths are relative to; by default the folder of the data file."""
     name: str = TASK
-    """What the task is called in --tasks."""
+    """Name of the task in --tasks."""
     max_new_tokens: int = 32
     """Longest answer to generate."""
 
 
 def write_task(options: TaskOptions) -> Path:
-    """Write the task's YAML and its questions, pictures among them, as Parquet; returns the folder.
+    """Write the task's YAML, and its questions with their images as Parquet. Return the folder.
 
-    Raises `DatasetError` for data that cannot be used, `ImportError` without lmms-eval's `datasets`.
+    Raises:
+        DatasetError: the data cannot be used.
+        ImportError: `datasets`, which lmms-eval needs, is not installed.
     """
     from datasets import Dataset, Features, Image, List, Value
 
@@ -73,8 +75,8 @@ def write_task(options: TaskOptions) -> Path:
         "messages": [json.dumps(prompt.messages[:-1]) for prompt in prompts],
         "images": [prompt.load_images() for prompt in prompts],
     }
-    kinds: dict[str, Any] = dict.fromkeys(columns, Value("string"))
-    data = Dataset.from_dict(columns, Features(kinds | {"images": List(Image())}))
+    types: dict[str, Any] = dict.fromkeys(columns, Value("string"))
+    data = Dataset.from_dict(columns, Features(types | {"images": List(Image())}))
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_file(options.out / "questions.parquet") as temporary:
         data.to_parquet(str(temporary))
@@ -84,7 +86,7 @@ def write_task(options: TaskOptions) -> Path:
 
 
 def messages(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A question as lmms-eval's chat messages: its conversation so far, images in place."""
+    """Return a question as lmms-eval's chat messages: the conversation up to it, with images in place."""
     images = iter(doc["images"])
     return [
         {
@@ -99,13 +101,15 @@ def messages(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def visuals(doc: Mapping[str, Any]) -> list[Any]:
+    """Return the images of a question."""
     return list(doc["images"])
 
 
 def text(doc: Mapping[str, Any]) -> str:
-    return doc["question"]
+    """Return the text of a question."""
+    return str(doc["question"])
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """What lmms-eval averages: 1 for a right answer."""
+    """Return the score that lmms-eval averages: 1 for a right answer, 0 for a wrong one."""
     return {"exact_match": float(exact_match(results[0], doc["answer"]))}

@@ -1,4 +1,4 @@
-"""A finetuning that takes seconds, which tests change to what they ask for."""
+"""A finetuning of a few seconds, whose options tests change."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from deepinsert.controller.options import FinetuneOptions
 
 @pytest.fixture(scope="session")
 def small_run(rendered_data: Path) -> FinetuneOptions:
-    """A dozen records, two a step, at insert layer 3, on the tiny backbone."""
+    """A dozen records, two per step, at insert layer 3, on the tiny backbone."""
     return FinetuneOptions(
         out=Path(),
         data=rendered_data,

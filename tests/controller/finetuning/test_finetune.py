@@ -1,4 +1,4 @@
-"""A finetuned variant is an ordinary checkpoint, and a killed run ends where an uninterrupted one does."""
+"""A finetuned variant is an ordinary checkpoint, and a killed run ends with the same weights."""
 
 import csv
 import json
@@ -28,9 +28,9 @@ from deepinsert.envs.prompts import encode, prompts_from
 
 STEPS = 10
 ROOT = Path(__file__).parents[3]
-CHILD = """
+CHILD_PROGRAM = """
 import pickle, sys, torch
-from deepinsert.controller.variants import finetune
+from deepinsert.controller.finetuning import finetune
 threads, options = pickle.load(sys.stdin.buffer)
 torch.set_num_threads(threads)
 finetune.run(options)
@@ -39,7 +39,7 @@ finetune.run(options)
 
 @pytest.fixture(scope="module")
 def options(small_run: FinetuneOptions) -> FinetuneOptions:
-    # The steps reach into a third pass over the records, whose last batches are smaller.
+    # The steps reach a third pass over the records; the last batch of each pass is smaller.
     return replace(small_run, steps=STEPS, gradient_accumulation=2, save_every=3)
 
 
@@ -47,7 +47,7 @@ def options(small_run: FinetuneOptions) -> FinetuneOptions:
 def finished(
     options: FinetuneOptions, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, FinetuneOptions]:
-    """Uninterrupted runs by method."""
+    """Return the options of uninterrupted runs by method."""
     runs = {}
     for method in ("lora", "full"):
         runs[method] = replace(options, method=method, out=tmp_path_factory.mktemp("whole") / method)
@@ -71,12 +71,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_checkpoint_is_a_stock_one_with_its_insert_layer(
+def test_the_checkpoint_is_a_stock_one_with_the_insert_layer(
     finished: dict[str, FinetuneOptions], method: str
 ) -> None:
     out = finished[method].out
-    stock = AutoModelForImageTextToText
-    model, report = stock.from_pretrained(out / "checkpoint", output_loading_info=True)
+    model, report = AutoModelForImageTextToText.from_pretrained(out / "checkpoint", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__module__.startswith("transformers.")
     assert json.loads((out / "checkpoint" / "config.json").read_text())["deepinsert"]["insert_layer"] == 3
@@ -85,7 +84,7 @@ def test_the_checkpoint_is_a_stock_one_with_its_insert_layer(
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_run_folder_holds_what_the_contract_says(
+def test_the_run_folder_holds_result_log_and_picture(
     finished: dict[str, FinetuneOptions], method: str
 ) -> None:
     out = finished[method].out
@@ -101,7 +100,7 @@ def test_the_run_folder_holds_what_the_contract_says(
     assert not (out / finetune.TRAINING).exists()
 
 
-def test_only_what_the_method_trains_has_changed(
+def test_only_the_weights_that_the_method_trains_change(
     finished: dict[str, FinetuneOptions], tiny_backbone: Backbone
 ) -> None:
     before = {name: weight.clone() for name, weight in tiny_backbone.model.state_dict().items()}
@@ -143,14 +142,14 @@ def test_the_adapter_on_the_backbone_is_the_merged_checkpoint(
 
 def test_a_finished_run_is_not_repeated(finished: dict[str, FinetuneOptions]) -> None:
     run = finished["lora"]
-    written = {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.name != "config.json"}
+    times = {path: path.stat().st_mtime_ns for path in run.out.rglob("*") if path.name != "config.json"}
     result = finetune.run(run)
     assert result == json.loads((run.out / "result.json").read_text())
-    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 @pytest.mark.parametrize(("name", "value"), [("insert_layer", 4), ("seed", 1), ("learning_rate", 1e-2)])
-def test_another_run_does_not_mix_with_what_the_folder_holds(
+def test_the_folder_of_another_run_is_refused(
     finished: dict[str, FinetuneOptions], name: str, value: float
 ) -> None:
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
@@ -169,9 +168,9 @@ def test_options_that_cannot_be_used_are_refused(
 
 
 def start(run: FinetuneOptions) -> subprocess.Popen[bytes]:
-    """Start the run in a process of its own, on as many threads as this one."""
+    """Start the run in a new process, with as many threads as this one."""
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD],
+        [sys.executable, "-c", CHILD_PROGRAM],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -206,11 +205,11 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     finetune.run(run)
     assert_same_weights(run.out, whole.out)
     assert [row["loss"] for row in read_log(run.out)] == [row["loss"] for row in read_log(whole.out)]
-    # Measured seconds differ from run to run: those of the first steps show that they were not played again.
+    # Measured seconds differ from run to run; equal ones show that the first steps were not repeated.
     assert read_log(run.out)[:3] == before
 
 
-def test_a_spoilt_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     finished: dict[str, FinetuneOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(finished["full"], out=tmp_path / "run")
@@ -219,9 +218,10 @@ def test_a_spoilt_checkpoint_is_passed_over(
         if state.global_step == 7:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(finetune.LossLog, "on_step_end", interrupt)
-        finetune.run(run)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.run(run)
     newest, before = checkpoint_folders(run.out / finetune.TRAINING)
     assert [newest.name, before.name] == ["checkpoint-6", "checkpoint-3"]
     content = bytearray((newest / "model.safetensors").read_bytes())

@@ -1,4 +1,4 @@
-"""Two processes of half the batch each learn what one process learns."""
+"""Two processes with half the batch each give the losses of one process."""
 
 import csv
 import json
@@ -40,18 +40,19 @@ SHARDED = {
 
 @pytest.fixture(scope="module")
 def options(small_run: FinetuneOptions) -> FinetuneOptions:
-    # Nine records: each epoch's second step has one alone, so that one of two processes has none of its own.
+    # Nine records: the second step of each epoch has one record, so one of two processes has only filling.
     return replace(small_run, fraction=0.09, batch_size=8, save_every=2, lora_dropout=0.0)
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def start_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> subprocess.Popen[str]:
-    """Start finetuning in two processes that talk over gloo."""
+    """Start finetuning in two processes that communicate through gloo."""
     pickled = folder / "options"
     pickled.write_bytes(pickle.dumps(options))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -66,27 +67,27 @@ def start_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> 
     )
 
 
-def on_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> None:
+def run_two(options: FinetuneOptions, folder: Path, sharded: bool = False) -> None:
     """Finetune in two processes to the end."""
-    started = start_two(options, folder, sharded)
+    launcher = start_two(options, folder, sharded)
     try:
-        _, errors = started.communicate(timeout=600)
+        _, errors = launcher.communicate(timeout=600)
     finally:
-        end(started)
-    assert started.returncode == 0, errors[-4000:]
+        kill_all(launcher)
+    assert launcher.returncode == 0, errors[-4000:]
 
 
-def end(started: subprocess.Popen[str]) -> None:
-    """Kill whatever still runs of it; torchrun's processes have sessions of their own."""
+def kill_all(launcher: subprocess.Popen[str]) -> None:
+    """Kill torchrun and its processes, which have sessions of their own."""
     with suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(started.pid)
-        for process in [launcher, *launcher.children(recursive=True)]:
+        parent = psutil.Process(launcher.pid)
+        for process in [parent, *parent.children(recursive=True)]:
             process.kill()
-    started.wait()
+    launcher.wait()
 
 
 def read_log(out: Path) -> torch.Tensor:
-    """Loss, learning rate and gradient norm (3) of each step."""
+    """Return loss, learning rate and gradient norm of each step: (steps, 3)."""
     with (out / "train_loss.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return torch.tensor(
@@ -94,24 +95,24 @@ def read_log(out: Path) -> torch.Tensor:
     )
 
 
-def assert_learnt_alike(one: Path, other: Path, atol: float = 1e-5) -> None:
+def assert_same_training(one: Path, other: Path, atol: float = 1e-5) -> None:
     assert len(read_log(one)) == len(read_log(other)) == 5
     torch.testing.assert_close(read_log(one), read_log(other), atol=atol, rtol=1e-4)
     first, second = (load_file(out / "checkpoint" / "model.safetensors") for out in (one, other))
     assert first.keys() == second.keys()
 
 
-def test_two_processes_learn_what_one_does(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_two_processes_give_the_losses_of_one(options: FinetuneOptions, tmp_path: Path) -> None:
     one = replace(options, method="lora", out=tmp_path / "one")
     two = replace(one, batch_size=options.batch_size // 2, out=tmp_path / "two")
     result = finetune.run(one)
-    on_two(two, tmp_path)
-    assert_learnt_alike(one.out, two.out)
+    run_two(two, tmp_path)
+    assert_same_training(one.out, two.out)
     assert result["global_batch_size"] == 8
     assert sorted(path.name for path in two.out.iterdir() if not path.name.startswith("events")) == sorted(
         path.name for path in one.out.iterdir() if not path.name.startswith("events")
     )
-    assert len(list(two.out.glob("events*"))) == 1  # the first process alone writes
+    assert len(list(two.out.glob("events*"))) == 1  # only the first process writes
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,12 @@ def test_two_processes_learn_what_one_does(options: FinetuneOptions, tmp_path: P
 def test_a_process_may_have_a_batch_without_image(
     options: FinetuneOptions, tmp_path: Path, method: str, sharded: bool
 ) -> None:
-    """Its projector is left out of that step, while the other process's learns."""
+    """That process does not use the projector in this step, while the other trains it."""
     records = json.loads(options.data.read_text())
-    few = [record for record in records if "image" not in record][:4]
-    few += [record for record in records if "image" in record][:4]
-    data = tmp_path / "few.json"
-    data.write_text(json.dumps(few))
+    subset = [record for record in records if "image" not in record][:4]
+    subset += [record for record in records if "image" in record][:4]
+    data = tmp_path / "subset.json"
+    data.write_text(json.dumps(subset))
     one = replace(
         options,
         data=data,
@@ -146,39 +147,39 @@ def test_a_process_may_have_a_batch_without_image(
     assert {True, False} in rounds
     finetune.run(one)
     two = replace(one, batch_size=1, out=tmp_path / "two")
-    on_two(two, tmp_path, sharded)
-    assert_learnt_alike(one.out, two.out)
+    run_two(two, tmp_path, sharded)
+    assert_same_training(one.out, two.out)
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_layers_that_one_does(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_two_processes_draw_the_layers_of_one(options: FinetuneOptions, tmp_path: Path) -> None:
     one = replace(options, insert_layer="random", distillation=0.5, method="full", out=tmp_path / "one")
     two = replace(one, batch_size=options.batch_size // 2, out=tmp_path / "two")
     finetune.run(one)
-    on_two(two, tmp_path)
-    assert_learnt_alike(one.out, two.out)
+    run_two(two, tmp_path)
+    assert_same_training(one.out, two.out)
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_at_one_layer_a_step(options: FinetuneOptions, tmp_path: Path) -> None:
-    """Processes that disagreed about the layers to run would wait for each other for ever."""
+def test_sharded_weights_have_one_layer_per_step(options: FinetuneOptions, tmp_path: Path) -> None:
+    """Processes that ran different layers would wait for each other for ever."""
     run = replace(options, insert_layer="random", distillation=0.5, method="full", out=tmp_path / "run")
-    on_two(replace(run, batch_size=options.batch_size // 2), tmp_path, sharded=True)
+    run_two(replace(run, batch_size=options.batch_size // 2), tmp_path, sharded=True)
     assert len(read_log(run.out)) == 5
     assert json.loads((run.out / "result.json").read_text())["trained_layers"] == list(range(8))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_sharded_weights_learn_what_whole_ones_do(
+def test_sharded_weights_give_the_losses_of_whole_ones(
     options: FinetuneOptions, tmp_path: Path, method: str
 ) -> None:
-    """FSDP2, each decoder layer wrapped by itself."""
+    """FSDP2 wraps each decoder layer."""
     one = replace(options, method=method, out=tmp_path / "one")
     two = replace(one, batch_size=options.batch_size // 2, out=tmp_path / "two")
     finetune.run(one)
-    on_two(two, tmp_path, sharded=True)
-    assert_learnt_alike(one.out, two.out)
+    run_two(two, tmp_path, sharded=True)
+    assert_same_training(one.out, two.out)
     first, second = (load_file(run.out / "checkpoint" / "model.safetensors") for run in (one, two))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=2e-3, rtol=0, msg=name)
@@ -191,33 +192,32 @@ def test_killed_processes_end_with_the_same_weights(
     options: FinetuneOptions, tmp_path: Path, sharded: bool, method: str
 ) -> None:
     whole = replace(options, method=method, batch_size=4, lora_dropout=0.05, out=tmp_path / "whole")
-    on_two(whole, tmp_path, sharded)
+    run_two(whole, tmp_path, sharded)
     run = replace(whole, out=tmp_path / "run")
     first = run.out / finetune.TRAINING / "checkpoint-2" / MANIFEST
-    started = start_two(run, tmp_path, sharded)
+    launcher = start_two(run, tmp_path, sharded)
     while not first.is_file():
-        assert started.poll() is None, "ended before its first checkpoint"
+        assert launcher.poll() is None, "the run ended before its first checkpoint"
         time.sleep(0.01)
-    end(started)
+    kill_all(launcher)
     assert not (run.out / "checkpoint").exists()
-    on_two(run, tmp_path, sharded)
+    run_two(run, tmp_path, sharded)
     assert torch.equal(read_log(whole.out), read_log(run.out)) and len(read_log(run.out)) == 5
     ends = [load_file(out / "checkpoint" / "model.safetensors") for out in (whole.out, run.out)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_rows_that_fill_a_batch_up_carry_no_loss(tiny_backbone: Backbone, rendered_data: Path) -> None:
+def test_rows_that_fill_a_batch_have_no_loss(tiny_backbone: Backbone, rendered_data: Path) -> None:
     rows = PromptDataset(prompts_from(load_instructions(rendered_data), per="record"))
-    batch = collator(tiny_backbone, placed=True)([rows[0], rows[~1]])
+    batch = collator(tiny_backbone, with_positions=True)([rows[0], rows[~1]])
     assert (batch["labels"][0] != -100).any() and (batch["labels"][1] == -100).all()
     assert batch["row_index"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
-def test_the_configurations_are_accelerates_own(name: str) -> None:
+def test_accelerate_accepts_the_configurations(name: str) -> None:
     path = ROOT / "scripts" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))
-    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
-    assert config.distributed_type == kinds[name] and config.mixed_precision == "bf16"
-    written = yaml.safe_load(path.read_text())
-    assert written.keys() <= vars(config).keys()
+    types = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == types[name] and config.mixed_precision == "bf16"
+    assert yaml.safe_load(path.read_text()).keys() <= vars(config).keys()

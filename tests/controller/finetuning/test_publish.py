@@ -1,4 +1,4 @@
-"""`--push-to-hub` brings every byte of a variant to the Hub, and costs nothing where it fails."""
+"""`--push-to-hub` pushes every byte of a variant to the Hub, and loses nothing if it fails."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from deepinsert.controller.finetuning.publish import PublishError, publish, repo
 from deepinsert.controller.options import FinetuneOptions
 
 ROOT = Path(__file__).parents[3]
-# One process for all tokens: what it takes to import counts more than what it does.
+# One process tries all tokens, because its imports take longer than the pushes.
 TRY_TOKENS = """
 import os, pickle, sys
 from deepinsert.controller.finetuning.publish import PublishError, publish
@@ -54,15 +54,15 @@ def hub() -> Iterator[Hub]:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    # Large files as the Hub has taken them for years: its newer store is no HTTP that a test can speak.
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    # Large files go through LFS: the test's server does not speak the protocol of the newer store.
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    return {**known, **settings, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    return {**others, **settings, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
 
 
 def push(options: FinetuneOptions, tokens: list[str], hub: Hub, home: Path) -> list[str]:
-    """What `publish` says in a process that talks to this hub, with each of the tokens."""
-    done = subprocess.run(
+    """Return what `publish` returns or raises in a process that uses this hub, with each of the tokens."""
+    process = subprocess.run(
         [sys.executable, "-c", TRY_TOKENS],
         input=pickle.dumps((options, tokens)),
         env=environment(hub, home),
@@ -70,7 +70,7 @@ def push(options: FinetuneOptions, tokens: list[str], hub: Hub, home: Path) -> l
         capture_output=True,
         check=True,
     )
-    return done.stdout.decode().splitlines()
+    return process.stdout.decode().splitlines()
 
 
 def test_every_byte_arrives(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
@@ -85,14 +85,14 @@ def test_the_command_pushes_a_finished_run(finished: FinetuneOptions, hub: Hub, 
     for name in ("data", "insert_layer", "fraction", "steps", "batch_size", "lora_rank", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(finished, name))]
     command += ["--push-to-hub", "--hub-model-id", "me/shapes", "--hub-private-repo"]
-    known = {**environment(hub, tmp_path), "HF_TOKEN": "hf_writer"}
-    done = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"Published: {hub.address}/me/shapes" in done.stdout
+    variables = {**environment(hub, tmp_path), "HF_TOKEN": "hf_writer"}
+    process = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert f"Published: {hub.address}/me/shapes" in process.stdout
     check_arrived(finished, hub)
 
 
-def test_an_adapter_that_others_could_not_load_stays(
+def test_an_adapter_of_a_local_backbone_is_not_pushed(
     finished: FinetuneOptions, hub: Hub, tmp_path: Path
 ) -> None:
     options = replace(finished, hub_model_id="me/shapes", backbone=str(finished.out / "checkpoint"))
@@ -116,17 +116,16 @@ def check_arrived(finished: FinetuneOptions, hub: Hub) -> None:
     assert 'load_backbone("me/shapes")' in card and '(".")' not in card
     assert 'load_backbone("me/shapes", subfolder="adapter")' in arrived["adapter/README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-text-to-text"
-    assert hub.cards == [card]  # the Hub's own check saw it
+    assert hub.cards == [card]  # the Hub has validated it
 
 
-def test_what_is_refused_is_said_in_a_line(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
+def test_a_refused_push_is_explained_in_one_line(finished: FinetuneOptions, hub: Hub, tmp_path: Path) -> None:
     options = replace(finished, push_to_hub=True, hub_model_id="me/shapes")
     tokens = ["", "hf_wrong", "hf_reader", CUT_OFF, "hf_writer", "hf_writer"]
     none, wrong, reader, cut, pushed, again = push(options, tokens, hub, tmp_path)
     for line in (none, wrong, reader, cut):
         assert line.startswith("--push-to-hub: me/shapes could not be pushed: ")
-        safe = f"The variant is safe in {finished.out / 'checkpoint'}; the same command pushes it again"
-        assert safe in line
+        assert f"The variant is safe in {finished.out / 'checkpoint'}; the same command pushes it" in line
     assert "hf auth login" in none and "hf auth login" in wrong
     assert "no right to write" in reader
     assert f"{hub.address} cannot be reached" in cut
@@ -134,7 +133,7 @@ def test_what_is_refused_is_said_in_a_line(finished: FinetuneOptions, hub: Hub, 
     assert not hub.private["me/shapes"]
 
 
-def test_offline_is_said_in_a_line(finished: FinetuneOptions) -> None:
+def test_offline_mode_is_explained_in_one_line(finished: FinetuneOptions) -> None:
     with pytest.raises(PublishError, match=r"HF_HUB_OFFLINE is set: unset it.*is safe in .*checkpoint"):
         finetune.run(replace(finished, push_to_hub=True))
 

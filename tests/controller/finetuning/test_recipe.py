@@ -1,4 +1,4 @@
-"""What is trained, in every family: the text model and the projector, never the encoder."""
+"""In every model family, finetuning trains the text model and the projector, and never the encoder."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ from deepinsert.controller.finetuning.recipe import (
 )
 from deepinsert.controller.options import FinetuneOptions
 
-# Where a family's parts are; all the rest of its weights belong to the text model or the head.
+# Encoder and projector of each family; its other weights belong to the text model or the head.
 PARTS = {
     "llava": ("model.vision_tower", "model.multi_modal_projector"),
     "llava_next": ("model.vision_tower", "model.multi_modal_projector"),
@@ -31,8 +31,8 @@ PARTS = {
     "qwen2_5_vl": ("model.visual", "model.visual.merger"),
     "qwen2_audio": ("model.audio_tower", "model.multi_modal_projector"),
 }
-# Families with several of them, or with other parts beside the text model.
-MANIFOLD = {
+# Encoders and projectors of families with several of them, or with other parts beside the text model.
+OTHER_PARTS = {
     "qwen3_vl": (
         ["model.visual"],
         ["model.visual.merger", *(f"model.visual.deepstack_merger_list.{at}" for at in (0, 1))],
@@ -61,7 +61,7 @@ def model(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def inner(model) -> str:
-    """What the names of all but the head begin with: to 5.11, nothing in Qwen2-Audio."""
+    """The prefix of all names but the head's; up to transformers 5.11, Qwen2-Audio has none."""
     return "model." if hasattr(model, "model") else ""
 
 
@@ -75,10 +75,10 @@ def test_encoder_and_projector_are_found(model, parts: tuple[str, str]) -> None:
     assert (list(encoders(model)), list(projectors(model))) == ([parts[0]], [parts[1]])
 
 
-@pytest.mark.parametrize("name", MANIFOLD)
+@pytest.mark.parametrize("name", OTHER_PARTS)
 def test_families_with_more_parts(name: str) -> None:
     model = deep_insert(FAMILIES[name].model(), 2)
-    assert (list(encoders(model)), list(projectors(model))) == MANIFOLD[name]
+    assert (list(encoders(model)), list(projectors(model))) == OTHER_PARTS[name]
     stack = [id(module) for module in find_stack(model).modules() if isinstance(module, nn.Linear)]
     matched = [module for name, module in model.named_modules() if re.fullmatch(lora_targets(model), name)]
     assert [id(module) for module in matched] == stack and stack
@@ -126,7 +126,7 @@ def test_the_projector_alone_is_the_first_stage(model, parts: tuple[str, str]) -
     assert accumulation(options, 1) == 256 // options.batch_size
 
 
-def test_the_projector_has_a_rate_of_its_own_in_full_too(model, parts: tuple[str, str]) -> None:
+def test_the_projector_can_have_its_own_rate_in_full_finetuning(model, parts: tuple[str, str]) -> None:
     options = replace(FULL, projector_learning_rate=5e-3)
     trained = make_trainable(copy.deepcopy(model), options)
     main, projector = groups_of(trained, options)
@@ -137,7 +137,7 @@ def test_the_projector_has_a_rate_of_its_own_in_full_too(model, parts: tuple[str
 
 
 @pytest.mark.parametrize("options", [LORA, FULL], ids=["lora", "full"])
-def test_what_freeze_names_learns_nothing(model, parts: tuple[str, str], options: FinetuneOptions) -> None:
+def test_frozen_parts_are_not_trained(model, parts: tuple[str, str], options: FinetuneOptions) -> None:
     layers = next(name for name, module in model.named_modules() if module is find_stack(model)) + ".layers"
     first = f"{layers}.0"
     trained = make_trainable(copy.deepcopy(model), replace(options, freeze=("projector", first, "vision")))
@@ -148,7 +148,7 @@ def test_what_freeze_names_learns_nothing(model, parts: tuple[str, str], options
     assert any(name.startswith(f"{layers}.1.") for name in names)
 
 
-def test_a_part_that_is_not_there_is_refused(model) -> None:
+def test_unknown_parts_and_nothing_to_train_are_refused(model) -> None:
     with pytest.raises(ValueError, match=r"--freeze tower: .*give vision, projector, language, embeddings"):
         make_trainable(copy.deepcopy(model), replace(FULL, freeze=("tower",)))
     with pytest.raises(ValueError, match="nothing to train"):
@@ -169,14 +169,14 @@ def test_accumulation_makes_the_global_batch(changes: dict, processes: int, expe
     assert accumulation(replace(FULL, **changes), processes) == expected
 
 
-def test_a_global_batch_that_cannot_be_is_refused() -> None:
+def test_an_impossible_global_batch_and_an_unknown_reporter_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--global-batch-size 100: give a multiple of 64 .*2 processes"):
         accumulation(replace(FULL, global_batch_size=100), 2)
     with pytest.raises(ValueError, match="--report-to nowhere: give one of none, "):
         reporters("nowhere")
 
 
-def test_merging_gives_the_stock_model_back_with_what_lora_learnt(model) -> None:
+def test_merging_gives_the_stock_model_with_changed_weights(model) -> None:
     trained = make_trainable(copy.deepcopy(model), LORA)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -1,9 +1,8 @@
-"""What finetuning leaves is what others load: checkpoints and adapters with their insert layer and a card."""
+"""Finetuning leaves checkpoints and adapters that other tools load, with their insert layer and a card."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from deepinsert.controller.finetuning.finetune import make_trainer
 from deepinsert.controller.finetuning.model_card import (
     BEGIN,
     END,
-    Facts,
-    body,
+    CardFacts,
+    card_body,
     published_as,
     published_base,
     update_results,
@@ -43,8 +42,8 @@ def finished(small_run: FinetuneOptions, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def copy(finished: FinetuneOptions, tmp_path: Path) -> Iterator[Path]:
-    yield shutil.copytree(finished.out, tmp_path / "shapes")
+def copy(finished: FinetuneOptions, tmp_path: Path) -> Path:
+    return shutil.copytree(finished.out, tmp_path / "shapes")
 
 
 def test_the_adapter_alone_loads_as_the_checkpoint_does(finished: FinetuneOptions) -> None:
@@ -53,13 +52,13 @@ def test_the_adapter_alone_loads_as_the_checkpoint_does(finished: FinetuneOption
     assert adapted.insert_layer == merged.insert_layer == 3
     assert type(adapted.model) is type(merged.model) and not adapted.model.training
     expected = merged.model.state_dict()
-    found = adapted.model.state_dict()
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    weights = adapted.model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
     assert load_backbone(finished.out / "adapter", insert_layer=1, device="cpu").insert_layer == 1
 
 
-def test_an_adapter_of_peft_alone_loads_on_its_base(copy: Path) -> None:
+def test_an_adapter_without_our_facts_loads_on_its_base(copy: Path) -> None:
     (copy / "adapter" / "deepinsert.json").unlink()
     assert load_backbone(copy / "adapter", device="cpu").insert_layer == 0
 
@@ -71,18 +70,18 @@ def test_an_adapter_on_a_checkpoint_finds_it_from_anywhere(
     second = replace(finished, backbone="checkpoint", steps=1, out=tmp_path / "second")
     finetune.run(second)
     monkeypatch.chdir(tmp_path)
-    told = json.loads((second.out / "adapter" / "deepinsert.json").read_text())
-    assert told == {"insert_layer": 3, "backbone": str(finished.out / "checkpoint")}
+    facts = json.loads((second.out / "adapter" / "deepinsert.json").read_text())
+    assert facts == {"insert_layer": 3, "backbone": str(finished.out / "checkpoint")}
     assert load_backbone("second/adapter", device="cpu").insert_layer == 3
     card = (second.out / "adapter" / "README.md").read_text()
     assert 'load_backbone("BASE_MODEL", insert_layer=3)' in card  # no published model has these weights
-    told["backbone"] = str(tmp_path / "gone")
-    (second.out / "adapter" / "deepinsert.json").write_text(json.dumps(told))
+    facts["backbone"] = str(tmp_path / "gone")
+    (second.out / "adapter" / "deepinsert.json").write_text(json.dumps(facts))
     with pytest.raises(OSError, match=r"is an adapter of the model in .*gone, which is not there"):
         load_backbone("second/adapter", device="cpu")
 
 
-def test_evaluation_refuses_a_spoilt_checkpoint(copy: Path, finished: FinetuneOptions) -> None:
+def test_evaluation_refuses_a_damaged_checkpoint(copy: Path, finished: FinetuneOptions) -> None:
     options = EvaluateOptions(out=copy / "evaluate", data=finished.data, variants=(copy,), device="cpu")
     assert finetuned_variants(options, 1)[0].insert_layer == 3
     weights = copy / "checkpoint" / "model.safetensors"
@@ -97,7 +96,7 @@ def metadata(card: Path) -> dict[str, object]:
     return yaml.safe_load(card.read_text().split("---")[1])
 
 
-def test_the_card_tells_data_recipe_and_layer(finished: FinetuneOptions) -> None:
+def test_the_card_shows_data_recipe_and_layer(finished: FinetuneOptions) -> None:
     card = finished.out / "checkpoint" / "README.md"
     facts = metadata(card)
     assert facts["library_name"] == "transformers" and facts["pipeline_tag"] == "image-text-to-text"
@@ -106,7 +105,7 @@ def test_the_card_tells_data_recipe_and_layer(finished: FinetuneOptions) -> None
     assert metadata(finished.out / "adapter" / "README.md")["library_name"] == "peft"
     text = card.read_text()
     result = json.loads((finished.out / "result.json").read_text())
-    for told in (
+    for line in (
         "decoder layer 3 of 8",
         "arxiv.org/abs/2504.19327",
         "`instructions.json`",
@@ -117,14 +116,14 @@ def test_the_card_tells_data_recipe_and_layer(finished: FinetuneOptions) -> None
         f"**{result['train_loss']:.4f}** nats",
         f"| torch | {torch.__version__} |",
     ):
-        assert told in text, told
+        assert line in text, line
     assert re.search(r"sources \| coco \d+, textvqa \d+ \|", text)
-    # A card is made to be published: nothing of this machine.
+    # Cards are published, so they contain no paths of this machine.
     assert str(finished.out.parent) not in text and str(finished.data.parent) not in text
 
 
 @pytest.mark.parametrize("folder", ["checkpoint", "adapter"])
-def test_the_cards_code_runs_as_it_stands(
+def test_the_code_of_the_card_runs_unchanged(
     copy: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(copy / folder)
@@ -148,9 +147,10 @@ def test_results_replace_results_and_nothing_else(copy: Path) -> None:
     assert text.split(END)[1] == before.split(END)[1]
     assert text.split(BEGIN)[1].split(END)[0].strip() == table
     assert text.split(BEGIN)[0].split("---\n", 2)[2] == before.split(BEGIN)[0].split("---\n", 2)[2]
-    found = {result.metric_type: result.metric_value for result in ModelCard.load(card).data.eval_results}
-    assert found == {"accuracy": 0.915, "loss": 0.25}
-    assert {result.dataset_name for result in ModelCard.load(card).data.eval_results} == {"easy VQA"}
+    results = ModelCard.load(card).data.eval_results
+    metrics = {result.metric_type: result.metric_value for result in results}
+    assert metrics == {"accuracy": 0.915, "loss": 0.25}
+    assert {result.dataset_name for result in results} == {"easy VQA"}
     check_complete(copy / "checkpoint")
     card.write_text("a card of the author's own")
     assert update_results(copy / "checkpoint", table, {"accuracy": 1.0}) == []
@@ -175,7 +175,7 @@ def test_a_published_card_loads_from_the_hub() -> None:
 
 def test_the_card_of_a_model_for_all_depths(finished: FinetuneOptions) -> None:
     options = replace(finished, insert_layer="random", layer_distribution="/home/me/runs/policy")
-    facts = Facts(
+    facts = CardFacts(
         name="shapes",
         backbone="acme/llava",
         insert_layer="random",
@@ -187,34 +187,36 @@ def test_the_card_of_a_model_for_all_depths(finished: FinetuneOptions) -> None:
         result={"train_loss": 0.5, "steps": 2, "trainable_parameters": 1, "parameters": 2},
         versions={},
     )
-    told = body(facts, adapter=True)
-    assert "inserted at any decoder layer of 8" in told
-    assert 'load_backbone("acme/llava", insert_layer=0)' in told
-    assert "| policy |" in told and "/home/me" not in told
+    text = card_body(facts, adapter=True)
+    assert "inserted at any decoder layer of 8" in text
+    assert 'load_backbone("acme/llava", insert_layer=0)' in text
+    assert "| policy |" in text and "/home/me" not in text
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_small_updates_survive_bfloat16(small_run: FinetuneOptions, tmp_path: Path, method: str) -> None:
-    """Layers compute in bfloat16, but what learns is float32: a step of 2e-5 is below bfloat16's spacing."""
+    """Layers compute in bfloat16, but trained weights are float32, whose spacing is below a step of 2e-5."""
     run = replace(
         small_run, out=tmp_path / "run", method=method, dtype="bfloat16", learning_rate=2e-4, steps=3
     )
     trainer = make_trainer(load(run), prompts_from(read_data(run), per="record"), run)
-    learnt = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    assert {weight.dtype for weight in learnt} == {torch.float32}
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
     frozen = {weight.dtype for weight in trainer.model.parameters() if not weight.requires_grad}
     assert frozen == {torch.bfloat16 if method == "lora" else torch.float32}
-    before = [weight.detach().clone() for weight in learnt]
+    before = [weight.detach().clone() for weight in trained]
     trainer.train()
-    moved = [(old != new).float().mean().item() for old, new in zip(before, learnt, strict=True)]
-    assert sorted(moved)[len(moved) // 10] > 0.9  # embeddings of unseen tokens have no gradient
+    changed_shares = [(old != new).float().mean().item() for old, new in zip(before, trained, strict=True)]
+    assert (
+        sorted(changed_shares)[len(changed_shares) // 10] > 0.9
+    )  # embeddings of unseen tokens have no gradient
     finetune.run(run)
     saved = load_file(run.out / "checkpoint" / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
 
 
 def test_variants_of_several_precisions_are_not_compared() -> None:
-    wide, narrow = (load_backbone("tiny", device="cpu", dtype=each) for each in ("float32", "bfloat16"))
+    wide, narrow = (load_backbone("tiny", device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
     check_precision([Variant.fixed("a", None, wide, 1), Variant.fixed("b", None, wide, 1)])
     with pytest.raises(ValueError, match=r"a is float32, b is bfloat16.*give one --dtype"):
         check_precision([Variant.fixed("a", None, wide, 1), Variant.fixed("b", None, narrow, 1)])

@@ -1,4 +1,4 @@
-"""The trainer's losses do not depend on how they are computed, and are those of other trainers."""
+"""The trainer's losses do not depend on how they are computed, and equal those of TRL's trainer."""
 
 import json
 from contextlib import nullcontext
@@ -40,13 +40,13 @@ def test_gradient_checkpointing_changes_no_loss(
     options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     run = replace(options, **changes)
-    plain = finetune.run(replace(run, out=tmp_path / "plain"))
-    again = finetune.run(replace(run, gradient_checkpointing=True, out=tmp_path / "checkpointed"))
-    assert len(plain["train_loss_curve"]) == 4
-    assert again["train_loss_curve"] == pytest.approx(plain["train_loss_curve"], abs=1e-5)
+    stored = finetune.run(replace(run, out=tmp_path / "stored"))
+    recomputed = finetune.run(replace(run, gradient_checkpointing=True, out=tmp_path / "recomputed"))
+    assert len(stored["train_loss_curve"]) == 4
+    assert recomputed["train_loss_curve"] == pytest.approx(stored["train_loss_curve"], abs=1e-5)
 
 
-def test_epochs_say_how_many_steps(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_epochs_determine_the_number_of_steps(options: FinetuneOptions, tmp_path: Path) -> None:
     run = replace(options, steps=None, epochs=1.5, method="projector", out=tmp_path / "run")
     result = finetune.run(run)
     batches = -(-result["prompts"] // 4)
@@ -62,39 +62,39 @@ def test_a_training_that_diverges_stops(options: FinetuneOptions, tmp_path: Path
     diverged = r"step \d: (loss|grad_norm) is (nan|inf)\. Training has diverged: .* than 1e\+30"
     with pytest.raises(ValueError, match=diverged):
         finetune.run(run)
-    kept = list((run.out / "training").glob("checkpoint-*/model.safetensors"))
-    assert kept
-    for path in kept:
+    checkpoints = list((run.out / "training").glob("checkpoint-*/model.safetensors"))
+    assert checkpoints
+    for path in checkpoints:
         assert all(weight.isfinite().all() for weight in load_file(path).values())
 
 
-def test_batches_that_sharing_processes_cannot_have_are_refused(
+def test_uneven_batches_of_processes_with_sharded_weights_are_refused(
     options: FinetuneOptions, tmp_path: Path
 ) -> None:
-    """What a trainer checks where DeepSpeed shards the weights."""
+    """The trainer checks the batches if DeepSpeed shards the weights."""
     prompts = prompts_from(load_instructions(options.data), per="record")
     assert {bool(prompt.images) for prompt in prompts} == {True, False}
-    for group_by, chosen, fits in (
+    for group_by, subset, is_valid in (
         ("none", prompts, False),
         ("modality-length", prompts, True),
         ("none", [prompt for prompt in prompts if prompt.images], True),
     ):
         run = replace(options, group_by=group_by, out=tmp_path / "run")
-        trainer = finetune.make_trainer(load_backbone("tiny", device="cpu"), chosen, run)
-        refusal = pytest.raises(ValueError, match=r"with and without images.*--group-by modality-length")
-        with nullcontext() if fits else refusal:
+        trainer = finetune.make_trainer(load_backbone("tiny", device="cpu"), subset, run)
+        error = pytest.raises(ValueError, match=r"with and without images.*--group-by modality-length")
+        with nullcontext() if is_valid else error:
             trainer._prepare_uneven_batches()
 
 
 def test_a_single_step_learns(
-    options: FinetuneOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: FinetuneOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = replace(options, steps=None, method="projector", batch_size=64, out=tmp_path / "run")
     assert finetune.run(run)["steps"] == 1
     before = load_backbone("tiny", device="cpu").model.state_dict()
     after = load_backbone(run.out / "checkpoint", device="cpu").model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert "1 steps of 64 prompts are few to learn in: give more --epochs" in capsys.readouterr().err
+    assert "1 steps of 64 prompts are few to learn in: give more --epochs" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_single_step_learns(
         ({"report_to": "nowhere"}, "--report-to nowhere"),
     ],
 )
-def test_options_that_cannot_be_are_refused(
+def test_invalid_options_are_refused(
     options: FinetuneOptions, tmp_path: Path, changes: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -115,8 +115,8 @@ def test_options_that_cannot_be_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
-def test_qlora_without_its_package_says_what_to_install(options: FinetuneOptions, tmp_path: Path) -> None:
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_qlora_without_bitsandbytes_names_what_to_install(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pip install 'deepinsert\[qlora\]'"):
         finetune.run(replace(options, method="qlora", out=tmp_path / "run"))
 
@@ -135,22 +135,22 @@ def test_qlora_merges_into_ordinary_weights(options: FinetuneOptions, tmp_path: 
     assert all(weight.dtype == torch.float32 for weight in after.values())
     merged = load_backbone(run.out / "checkpoint", device="cpu")
     assert merged.insert_layer == 3
-    # What LoRA adds has rank 4; what 4 bits lose has not.
+    # The change by LoRA has rank 4; rounding to 4 bits would raise the rank.
     name = "model.language_model.layers.5.self_attn.q_proj.weight"
     change = merged.model.state_dict()[name] - before[name]
     values = torch.linalg.svdvals(change.double())
     assert values[0] > 0 and values[4] < 1e-4 * values[0]
 
 
-def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None:
-    """20 steps of TRL's `SFTTrainer`, which computes the loss in a head of its own."""
+def test_trl_gives_the_same_losses(options: FinetuneOptions, tmp_path: Path) -> None:
+    """TRL's `SFTTrainer`, which computes the loss in its own head, gives the same losses for 20 steps."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     prompts = prompts_from(load_instructions(options.data), per="record")[:30]
     settings = dict(
         max_steps=20,
         per_device_train_batch_size=4,
-        learning_rate=1e-4,  # both compute the loss in float32; Adam amplifies what rounding leaves of zeros
+        learning_rate=1e-4,  # low, because Adam amplifies rounding errors of zero gradients
         lr_scheduler_type="cosine",
         warmup_steps=2,
         logging_steps=1,
@@ -166,11 +166,11 @@ def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None
     )
     rows = PromptDataset(prompts)
     curves = {}
-    for kind in ("ours", "trl"):
+    for name in ("ours", "trl"):
         backbone = load_backbone("tiny", insert_layer=6, device="cpu")
         collate = collator(backbone)
-        folder = str(tmp_path / kind)
-        if kind == "ours":
+        folder = str(tmp_path / name)
+        if name == "ours":
             trainer = VariantTrainer(
                 backbone.model,
                 TrainingArguments(output_dir=folder, label_names=["labels"], **settings),
@@ -183,16 +183,16 @@ def test_trl_learns_what_we_do(options: FinetuneOptions, tmp_path: Path) -> None
                 args=trl.SFTConfig(
                     output_dir=folder,
                     max_length=None,
-                    **{name: False for name in recomputation_arguments(False) if not name.endswith("kwargs")},
+                    **{key: False for key in recomputation_arguments(False) if not key.endswith("kwargs")},
                     dataset_kwargs={"skip_prepare_dataset": True},
                     **settings,
                 ),
                 processing_class=backbone.processor,
                 train_dataset=datasets.Dataset.from_dict({"position": range(len(rows))}),
-                data_collator=lambda asked, make=collate: make([rows[row["position"]] for row in asked]),
+                data_collator=lambda batch, make=collate: make([rows[row["position"]] for row in batch]),
             )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        curves[kind] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        curves[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(curves["ours"]) == 20
     assert curves["trl"] == pytest.approx(curves["ours"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""lmms-eval on our backbones comes to what we come to; run where lmms-eval is installed."""
+"""lmms-eval gives our backbones the scores of `deepinsert evaluate`; these tests need lmms-eval."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from deepinsert.backbones import Backbone
 from deepinsert.controller.evaluation import evaluate
 from deepinsert.controller.lmms.lmms_model import DeepInsertChat
 from deepinsert.controller.lmms.plugin import MODEL, manifest
-from deepinsert.controller.lmms.questions import Wish, simple_prompt
+from deepinsert.controller.lmms.questions import GenerationSettings, simple_prompt
 from deepinsert.controller.lmms.task import TASK, TaskOptions, write_task
 from deepinsert.controller.options import EvaluateOptions
 from deepinsert.controller.policy.layer_policy import LayerPolicy
@@ -61,9 +61,9 @@ def task(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `deepinsert evaluate` says of the same questions, and its predictions by id."""
-    out = tmp_path_factory.mktemp("own")
+def evaluation(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The accuracy of `deepinsert evaluate` on the same questions, and its predictions by id."""
+    out = tmp_path_factory.mktemp("evaluation")
     options = EvaluateOptions(
         out=out,
         data=rendered_data,
@@ -76,10 +76,11 @@ def own(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     result = evaluate.run(options)
     (path,) = (out / "predictions").iterdir()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {"accuracy": result["variants"][0]["accuracy"], "said": {r["id"]: r["prediction"] for r in rows}}
+    predictions = {row["id"]: row["prediction"] for row in rows}
+    return {"accuracy": result["variants"][0]["accuracy"], "predictions": predictions}
 
 
-def ask(task: Path, name: str = TASK, **arguments: Any) -> dict[str, Any]:
+def run_lmms_eval(task: Path, name: str = TASK, **arguments: Any) -> dict[str, Any]:
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
     manager = TaskManager(include_path=str(task), include_defaults=False, model_name=MODEL)
     arguments = {"model_args": f"pretrained=tiny,insert_layer={LAYER}", "batch_size": 8} | arguments
@@ -89,31 +90,33 @@ def ask(task: Path, name: str = TASK, **arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_accuracy_and_answers_are_those_of_evaluate(task: Path, own: dict[str, Any], batch_size: int) -> None:
-    found = ask(task, batch_size=batch_size)
-    assert 0.2 < own["accuracy"] < 1
-    assert found["results"][TASK]["exact_match,none"] == pytest.approx(own["accuracy"])
-    said = {row["doc"]["id"]: row["filtered_resps"][0] for row in found["samples"][TASK]}
-    assert said == own["said"]
+def test_accuracy_and_answers_are_those_of_evaluate(
+    task: Path, evaluation: dict[str, Any], batch_size: int
+) -> None:
+    report = run_lmms_eval(task, batch_size=batch_size)
+    assert 0.2 < evaluation["accuracy"] < 1
+    assert report["results"][TASK]["exact_match,none"] == pytest.approx(evaluation["accuracy"])
+    predictions = {row["doc"]["id"]: row["filtered_resps"][0] for row in report["samples"][TASK]}
+    assert predictions == evaluation["predictions"]
 
 
-def test_the_insert_layer_reaches_the_model(task: Path, own: dict[str, Any]) -> None:
-    found = ask(task, model_args="pretrained=tiny,insert_layer=8", batch_size=32)
-    assert found["results"][TASK]["exact_match,none"] < own["accuracy"] - 0.1
+def test_the_insert_layer_reaches_the_model(task: Path, evaluation: dict[str, Any]) -> None:
+    report = run_lmms_eval(task, model_args="pretrained=tiny,insert_layer=8", batch_size=32)
+    assert report["results"][TASK]["exact_match,none"] < evaluation["accuracy"] - 0.1
 
 
-def test_multiple_choice_takes_the_answer_of_least_loss(
+def test_multiple_choice_takes_the_answer_with_the_smallest_loss(
     task: Path, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    # With lmms-eval's cache of responses, which looks at each.
-    found = ask(task, "choice", force_simple=True, limit=6, use_cache=str(tmp_path / "cache"))
-    for row in found["samples"]["choice"]:
+    # lmms-eval's cache inspects each response.
+    report = run_lmms_eval(task, "choice", force_simple=True, limit=6, use_cache=str(tmp_path / "cache"))
+    for row in report["samples"]["choice"]:
         losses = []
         for colour in COLOURS:
-            asked = simple_prompt("x", row["doc"]["question"], stored_images(task, row["doc_id"]), colour)
+            prompt = simple_prompt("x", row["doc"]["question"], stored_images(task, row["doc_id"]), colour)
             with torch.no_grad(), tiny_backbone.insert_at(LAYER):
-                losses.append(tiny_backbone.model(**encode(tiny_backbone.processor, [asked])).loss.item())
-        assert [float(each[0][0]) for each in row["resps"]] == pytest.approx(losses, abs=1e-4)
+                losses.append(tiny_backbone.model(**encode(tiny_backbone.processor, [prompt])).loss.item())
+        assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(losses, abs=1e-4)
         assert row["acc"] == float(np.argmin(losses) == 0)
 
 
@@ -124,7 +127,7 @@ def stored_images(task: Path, row: int) -> list[Image.Image]:
     return load_dataset("parquet", data_files={"test": files})["test"][row]["images"]
 
 
-def test_stop_strings_stop_and_several_images_are_seen(tiny_backbone: Backbone) -> None:
+def test_stop_strings_and_several_images_work(tiny_backbone: Backbone) -> None:
     model = DeepInsertChat(batch_size=4, device="cpu")
     images = [Image.new("RGB", (64, 64), colour) for colour in ("white", "gray")]
     prompts = [
@@ -132,11 +135,11 @@ def test_stop_strings_stop_and_several_images_are_seen(tiny_backbone: Backbone) 
         simple_prompt("b", "Are these alike?", images),
         Prompt.from_question("What is 1 + 1?"),
     ]
-    whole = model.answer(prompts, Wish.read({"max_new_tokens": 12}))
+    whole = model.answer(prompts, GenerationSettings.from_task({"max_new_tokens": 12}))
     plain = tiny_backbone.generate(prompts, max_new_tokens=12)
     assert [text for text, _ in whole] == plain
     stop = plain[0][2:4]
-    stopped = model.answer(prompts, Wish.read({"max_new_tokens": 12, "until": [stop]}))
+    stopped = model.answer(prompts, GenerationSettings.from_task({"max_new_tokens": 12, "until": [stop]}))
     assert [text for text, _ in stopped] == [text.split(stop)[0].strip() for text in plain]
     assert stopped[0][1] < whole[0][1]
 
@@ -149,8 +152,8 @@ def test_a_policy_chooses_each_questions_layer(
     model = DeepInsertChat(policy=str(folder), skip_weight=1.0, device="cpu", batch_size=4)
     layers = LayerPolicy.load(folder).layers(tiny_backbone, prompts, 1.0)
     assert len(set(layers)) > 2 and model.layers(prompts) == layers
-    said = [text for text, _ in model.answer(prompts, Wish.read({"max_new_tokens": 6}))]
-    assert said == tiny_backbone.generate(prompts, insert_layer=layers, max_new_tokens=6)
+    answers = [text for text, _ in model.answer(prompts, GenerationSettings.from_task({"max_new_tokens": 6}))]
+    assert answers == tiny_backbone.generate(prompts, insert_layer=layers, max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +165,12 @@ def test_a_policy_chooses_each_questions_layer(
         ({"insert_layer": 9}, "9"),
     ],
 )
-def test_arguments_that_cannot_be_right_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeepInsertChat(device="cpu", **arguments)
 
 
-def test_what_is_not_supported_says_so() -> None:
+def test_unsupported_requests_are_errors() -> None:
     model = DeepInsertChat(device="cpu")
 
     class Request:
@@ -181,11 +184,11 @@ def test_what_is_not_supported_says_so() -> None:
 
 
 @pytest.mark.skipif(MODEL not in entry_points(group="lmms_eval.models").names, reason="not installed")
-def test_the_command_of_the_documentation(task: Path, own: dict[str, Any], tmp_path: Path) -> None:
-    words = ["--model", MODEL, "--model_args", f"pretrained=tiny,insert_layer={LAYER}", "--tasks", TASK]
-    more = ["--include_path", str(task), "--batch_size", "16", "--output_path", str(tmp_path)]
-    command = [sys.executable, "-m", "lmms_eval", *words, *more, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_the_command_in_the_documentation(task: Path, evaluation: dict[str, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--tasks", TASK, "--device", "cpu"]
+    command += ["--model_args", f"pretrained=tiny,insert_layer={LAYER}", "--batch_size", "16"]
+    command += ["--include_path", str(task), "--output_path", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
     (path,) = tmp_path.rglob("*results.json")
-    found = json.loads(path.read_text())["results"][TASK]["exact_match,none"]
-    assert found == pytest.approx(own["accuracy"]), done.stderr
+    accuracy = json.loads(path.read_text())["results"][TASK]["exact_match,none"]
+    assert accuracy == pytest.approx(evaluation["accuracy"]), process.stderr

@@ -1,4 +1,4 @@
-"""What a task of lmms-eval says becomes what `generate` is asked, without lmms-eval installed."""
+"""Questions and settings of an lmms-eval task become prompts and arguments of `generate`."""
 
 import importlib.util
 from pathlib import Path
@@ -7,17 +7,29 @@ import pytest
 from PIL import Image
 
 from deepinsert.controller.lmms.plugin import manifest
-from deepinsert.controller.lmms.questions import LONGEST, Wish, chat_prompt, simple_prompt
+from deepinsert.controller.lmms.questions import (
+    DEFAULT_NEW_TOKENS,
+    GenerationSettings,
+    chat_prompt,
+    simple_prompt,
+)
 
 RED, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
 
 
-def test_answers_are_greedy_unless_a_temperature_says_else() -> None:
-    greedy = {"num_beams": 1, "do_sample": False, "max_new_tokens": LONGEST}
-    assert Wish.read({}).arguments == greedy
-    assert Wish.read({"temperature": 0, "top_p": None, "do_sample": True, "top_k": 5}).arguments == greedy
-    assert Wish.read({"temperature": 0.7, "do_sample": False}).arguments == greedy
-    sampled = Wish.read({"temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_new_tokens": 16.0})
+def test_answers_are_greedy_unless_the_temperature_is_above_0() -> None:
+    greedy = {"num_beams": 1, "do_sample": False, "max_new_tokens": DEFAULT_NEW_TOKENS}
+    assert GenerationSettings.from_task({}).arguments == greedy
+    assert (
+        GenerationSettings.from_task(
+            {"temperature": 0, "top_p": None, "do_sample": True, "top_k": 5}
+        ).arguments
+        == greedy
+    )
+    assert GenerationSettings.from_task({"temperature": 0.7, "do_sample": False}).arguments == greedy
+    sampled = GenerationSettings.from_task(
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_new_tokens": 16.0}
+    )
     assert sampled.arguments == {
         "num_beams": 1,
         "do_sample": True,
@@ -29,23 +41,28 @@ def test_answers_are_greedy_unless_a_temperature_says_else() -> None:
 
 
 def test_an_answer_ends_before_the_first_stop_string() -> None:
-    wish = Wish.read({"until": ["\n\n", "ASSISTANT", ""], "image_aspect_ratio": "original"})
-    assert wish.until == ("ASSISTANT",) and wish.ignored == ("image_aspect_ratio",)
-    assert wish.cut(" red ASSISTANT: blue\n\ngreen") == "red"
-    assert wish.cut("\n\nStep 1\n\nStep 2") == "Step 1\n\nStep 2" and wish.cut(" red ") == "red"
-    assert Wish.read({"until": "\n"}).cut("red\nblue") == "red"
-    assert Wish.read({"until": "."}).cut("red. blue") == "red"
+    settings = GenerationSettings.from_task(
+        {"until": ["\n\n", "ASSISTANT", ""], "image_aspect_ratio": "original"}
+    )
+    assert settings.until == ("ASSISTANT",) and settings.ignored == ("image_aspect_ratio",)
+    assert settings.truncate(" red ASSISTANT: blue\n\ngreen") == "red"
+    assert (
+        settings.truncate("\n\nStep 1\n\nStep 2") == "Step 1\n\nStep 2"
+        and settings.truncate(" red ") == "red"
+    )
+    assert GenerationSettings.from_task({"until": "\n"}).truncate("red\nblue") == "red"
+    assert GenerationSettings.from_task({"until": "."}).truncate("red. blue") == "red"
     with pytest.raises(ValueError, match=r"until \[3\]"):
-        Wish.read({"until": [3]})
+        GenerationSettings.from_task({"until": [3]})
 
 
-def test_images_stand_where_a_text_marks_them_and_else_before_it() -> None:
+def test_images_are_at_the_marks_of_a_text_or_before_it() -> None:
     def parts(text: str, *images: Image.Image) -> list[str]:
-        asked = simple_prompt("task/1", text, images)
-        assert [image.getpixel((0, 0)) for image in asked.load_images()] == [
+        prompt = simple_prompt("task/1", text, images)
+        assert [image.getpixel((0, 0)) for image in prompt.load_images()] == [
             image.getpixel((0, 0)) for image in images
         ]
-        return [part.get("text", "<>") for part in asked.messages[0]["content"]]
+        return [part.get("text", "<>") for part in prompt.messages[0]["content"]]
 
     assert parts("Which?") == ["Which?"]
     assert parts("Which is red?", RED, BLUE) == ["<>", "<>", "Which is red?"]
@@ -54,7 +71,7 @@ def test_images_stand_where_a_text_marks_them_and_else_before_it() -> None:
 
 
 def test_chat_messages_keep_their_turns_and_places() -> None:
-    asked = chat_prompt(
+    prompt = chat_prompt(
         "task/2",
         [
             {"role": "system", "content": "Be brief."},
@@ -66,12 +83,12 @@ def test_chat_messages_keep_their_turns_and_places() -> None:
             },
         ],
     )
-    assert [message["role"] for message in asked.messages] == [
+    assert [message["role"] for message in prompt.messages] == [
         *("system", "user", "assistant", "user", "assistant")
     ]
-    assert [part["type"] for part in asked.messages[1]["content"]] == ["text", "image"]
-    assert [image.getpixel((0, 0)) for image in asked.load_images()] == [(255, 0, 0), (0, 0, 255)]
-    assert asked.question == "Colour?" and asked.answer == ""
+    assert [part["type"] for part in prompt.messages[1]["content"]] == ["text", "image"]
+    assert [image.getpixel((0, 0)) for image in prompt.load_images()] == [(255, 0, 0), (0, 0, 255)]
+    assert prompt.question == "Colour?" and prompt.answer == ""
 
 
 def test_an_image_may_be_a_local_file(tmp_path: Path) -> None:
@@ -99,6 +116,6 @@ def test_a_conversation_must_end_in_a_question() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="lmms-eval is installed")
-def test_without_lmms_eval_it_says_what_to_install() -> None:
+def test_without_lmms_eval_the_error_names_what_to_install() -> None:
     with pytest.raises(ImportError, match=r"lmms-eval 0\.7 or later is needed: pip install lmms-eval"):
         manifest()

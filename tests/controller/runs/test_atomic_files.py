@@ -15,9 +15,14 @@ from deepinsert.controller.runs.atomic_files import atomic_file, atomic_folder, 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_json(path, {"whole": True})
-    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
-        temporary.write_text('{"whole": fal')
-        raise RuntimeError("stopped in the middle")
+
+    def stop_in_the_middle() -> None:
+        with atomic_file(path) as temporary:
+            temporary.write_text('{"whole": fal')
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop_in_the_middle()
     assert json.loads(path.read_text()) == {"whole": True}
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
@@ -41,9 +46,14 @@ def test_a_failed_write_leaves_the_old_folder_and_no_other(tmp_path: Path) -> No
     path = tmp_path / "checkpoint"
     with atomic_folder(path) as folder:
         (folder / "old").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(path) as folder:
-        (folder / "new").write_text("new")
-        raise RuntimeError
+
+    def stop_in_the_middle() -> None:
+        with atomic_folder(path) as folder:
+            (folder / "new").write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop_in_the_middle()
     assert [entry.name for entry in path.iterdir()] == ["old"]
     with atomic_folder(path) as folder:
         (folder / "new").write_text("new")

@@ -1,4 +1,4 @@
-"""A full or read-only disk ends a run with one clear line; the same command then ends in the same weights."""
+"""A full or read-only disk ends a run with one clear line, and the same command then gives equal weights."""
 
 import json
 import os
@@ -16,10 +16,9 @@ from deepinsert.controller.options import FinetuneOptions
 from deepinsert.controller.runs.storage_errors import StorageError, explain_storage_errors
 
 ROOT = Path(__file__).parents[3]
-PROGRAM = Path(__file__).with_name("spoilt_disk.py")
+PROGRAM = Path(__file__).with_name("failing_disk.py")
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 
-# Trouble, moment and bytes left; the steps whose checkpoints are still there; where the next run goes on.
 CASES = [
     ("full", "start", 0, [], "the start"),
     ("full", "train-begin", 0, [], "the start"),  # the CSV
@@ -37,7 +36,8 @@ CASES = [
     ("read-only", "final-save", 0, [3, 2], "step 3"),
     ("read-only", "result", 0, [3, 2], "step 3"),
 ]
-QUICK = [CASES[number] for number in (4, 11)]
+"""Failure, moment and free bytes; the steps whose checkpoints remain; where the next run continues."""
+QUICK_CASES = [CASES[number] for number in (4, 11)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def options(small_run: FinetuneOptions) -> FinetuneOptions:
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether an ordinary user may mount a disk in a namespace of its own here."""
+    """Return whether an ordinary user may mount a disk in a mount namespace here."""
     try:
         command = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
         return subprocess.run(command, capture_output=True).returncode == 0
@@ -54,48 +54,48 @@ def can_mount(folder: Path) -> bool:
         return False
 
 
-def run_on_a_spoilt_disk(disk: Path, options: FinetuneOptions, cases: list[Any]) -> tuple[list[Any], str]:
+def run_on_failing_disk(disk: Path, options: FinetuneOptions, cases: list[Any]) -> tuple[list[Any], str]:
+    """Return the outcomes that `failing_disk.py` prints, and its stderr."""
     if not can_mount(disk.parent):
         pytest.skip("no mount namespaces for this user")
-    done = subprocess.run(
+    process = subprocess.run(
         [*NAMESPACE, sys.executable, str(PROGRAM)],
         input=pickle.dumps((torch.get_num_threads(), disk, options, cases)),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    lines = [line for line in done.stdout.decode().splitlines() if line.startswith("{")]
-    return [json.loads(line) for line in lines], done.stderr.decode()
+    assert process.returncode == 0, process.stderr.decode()[-3000:]
+    lines = [line for line in process.stdout.decode().splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines], process.stderr.decode()
 
 
-def check(disk: Path, options: FinetuneOptions, cases: list[Any]) -> None:
+def check_cases(disk: Path, options: FinetuneOptions, cases: list[Any]) -> None:
+    """Check the message and the remaining checkpoints of each case, and the weights of the second run."""
     undisturbed = ("none", "start", 0)
-    found, stderr = run_on_a_spoilt_disk(disk, options, [undisturbed, *(case[:3] for case in cases)])
-    whole, *spoilt = found
+    outcomes, stderr = run_on_failing_disk(disk, options, [undisturbed, *(case[:3] for case in cases)])
+    whole, *interrupted = outcomes
     assert whole["error"] is None and whole["result"]
-    for case, run in zip(cases, spoilt, strict=True):
-        trouble, moment, _, steps, continued = case
-        assert run["error"][0] == "StorageError", case
-        message = run["error"][1]
-        wrong = "the disk is full" if trouble == "full" else "it cannot be written (Read-only file system)"
-        assert message.startswith(f"{disk}/{trouble}-{moment}") and wrong in message, message
-        assert (
-            "\n" not in message and f"give the same command again: it continues from {continued}" in message
-        )
-        assert run["whole"] == steps and not run["result"], case
-        assert run["sum"] == whole["sum"] and run["curve"] == whole["curve"], case
-        assert not run["litter"], case
+    for case, outcome in zip(cases, interrupted, strict=True):
+        failure, moment, _, steps, start = case
+        assert outcome["error"][0] == "StorageError", case
+        message = outcome["error"][1]
+        reason = "the disk is full" if failure == "full" else "it cannot be written (Read-only file system)"
+        assert message.startswith(f"{disk}/{failure}-{moment}") and reason in message, message
+        assert "\n" not in message and f"give the same command again: it continues from {start}" in message
+        assert outcome["steps"] == steps and not outcome["result"], case
+        assert outcome["sha256"] == whole["sha256"] and outcome["curve"] == whole["curve"], case
+        assert not outcome["hidden"], case
     assert "Traceback" not in stderr
 
 
 def test_the_same_command_ends_in_the_same_weights(options: FinetuneOptions, tmp_path: Path) -> None:
-    check(tmp_path / "disk", options, QUICK)
+    check_cases(tmp_path / "disk", options, QUICK_CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_at_every_moment(options: FinetuneOptions, tmp_path: Path, method: str) -> None:
-    check(tmp_path / "disk", replace(options, method=method), CASES)
+    check_cases(tmp_path / "disk", replace(options, method=method), CASES)
 
 
 def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
@@ -114,11 +114,11 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
         "    except StorageError as error:\n"
         "        print(error)\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     line = f"{tmp_path}: a file could not be written whole (a limit on the size of files, as of ulimit -f?)."
-    assert done.stdout.splitlines() == [f"{line} Raise it."] * 3
+    assert process.stdout.splitlines() == [f"{line} Raise it."] * 3
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
         PermissionError(13, "", "/etc/x"),
     ],
 )
-def test_other_errors_pass_as_they_are(tmp_path: Path, error: Exception) -> None:
+def test_other_errors_pass_unchanged(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as raised, explain_storage_errors(tmp_path, lambda: ""):
         raise error
     assert raised.value is error and not isinstance(raised.value, StorageError)
