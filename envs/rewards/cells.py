@@ -237,7 +237,8 @@ class _StringIndex:
         """Return the number of each value of a dictionary-encoded column; -1 if the table lacks it."""
         codes = pa.concat_arrays(column.unify_dictionaries().chunks)
         numbers = [self.numbers.get(value, -1) for value in codes.dictionary.to_pylist()]
-        return np.array([*numbers, -1], dtype=np.int64)[codes.indices.to_numpy(zero_copy_only=False)]
+        indices: IntArray = codes.indices.to_numpy(zero_copy_only=False)
+        return np.array([*numbers, -1], dtype=np.int64)[indices]
 
 
 def _shaped(name: str, values: ArrayLike, shape: tuple[int, ...]) -> FloatArray:

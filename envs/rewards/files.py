@@ -1,8 +1,8 @@
-"""Reward tables on disk: Parquet files that verify themselves, in a folder that any process may add to.
+"""Reward tables on disk: Parquet files with checksums, in a folder that several processes may add to.
 
-Each file is one shard: a row for each prompt and insert layer. A file's name ends in its own hash and it
-appears whole or not at all, so no process needs a lock, and what a crash leaves behind is never taken for a
-table. Names that begin with an underscore are left out by what reads the folder as one Parquet data set.
+A shard is one file with a row per prompt and insert layer. A file's name ends in its own hash, and the file
+is whole or absent. So no process needs a lock, and a crash leaves nothing behind that could be read as part
+of a table. Programs that read the folder as one Parquet data set skip names that begin with an underscore.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT_FIELDS = [
     pa.field("image_key", pa.string(), nullable=False),
     pa.field("group_key", pa.string(), nullable=False),
 ]
-NAMES = [field.name for field in PROMPT_FIELDS]
+PROMPT_COLUMNS = [field.name for field in PROMPT_FIELDS]
 PROMPT_SCHEMA = pa.schema(PROMPT_FIELDS)
 SCHEMA = pa.schema(
     [
@@ -48,24 +48,28 @@ SCHEMA = pa.schema(
         pa.field("agrees", pa.bool_()),
     ]
 )
-"""Columns of a shard. `loss` is in nats; `flops` of the prefill at this layer, `stock_flops` at layer 0;
-`first_token` the most probable one; `greedy` whether every token of the answer is; `agrees` whether the first
-token is that of layer 0; `group_key` names the prompts that were computed together."""
+"""Columns of a shard. `loss` is in nats. `flops` are those of the prefill at this layer, `stock_flops` at
+layer 0. `first_token` is the most probable first token of the answer; `greedy` says whether every token of
+the answer is the most probable one, `agrees` whether the first token is that of layer 0. `group_key` is equal
+for prompts that were computed together."""
 
 
 class RewardFiles:
     """The files of a reward table's folder.
 
-    `origin` says what the losses were computed with, and every file repeats it. It is read from the folder
-    where it is not given; `ValueError` where the folder's is another, or where there is none.
+    Args:
+        folder: the folder.
+        origin: what the losses were computed with, which every file repeats; by default it is read from the
+            folder.
+
+    Raises:
+        ValueError: if the folder has another origin, or if `origin` is None and the folder has none.
     """
 
     def __init__(self, folder: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        self._seen: set[str] = set()
-        if origin is None:
-            origin = self._origin_found()
-        self.origin = {"format": FORMAT, **origin}
+        self._shards_read: set[str] = set()
+        self.origin = {"format": FORMAT, **(self._stored_origin() if origin is None else origin)}
         manifest = self.manifest()
         self._listed: dict[str, Any] = {}
         if manifest is not None:
@@ -73,41 +77,46 @@ class RewardFiles:
             self._listed = manifest["files"]
 
     def shards(self) -> list[str]:
-        """Names of the shards, in order. Raises `ValueError` for a file that belongs to no table."""
+        """Return the names of the shards, in order.
+
+        Raises:
+            ValueError: if the folder contains a file that belongs to no table.
+        """
         return [name for name in self._names() if SHARD.fullmatch(name)]
 
     def prompt_lists(self) -> list[pa.Table]:
-        """The prompts of each data set in the folder, the largest first, each in its order."""
+        """Return the prompts of each data set in the folder, in their order, the largest data set first."""
         lists = [self._read(name, PROMPT_SCHEMA) for name in self._names() if PROMPTS.fullmatch(name)]
-        return sorted(lists, key=lambda found: -found.num_rows)
+        return sorted(lists, key=lambda prompts: -prompts.num_rows)
 
     def read_new(self) -> Iterator[pa.Table]:
-        """Shards not read before, in order, each verified against the hash in its name.
+        """Yield the shards that have not been read or written here, in order, after a check of their hash.
 
-        Raises `ValueError` naming the file that is damaged, or was computed with something else.
+        Raises:
+            ValueError: if a file is damaged or has another origin; the message names the file.
         """
         for name in self.shards():
-            if name not in self._seen:
-                self._seen.add(name)
+            if name not in self._shards_read:
+                self._shards_read.add(name)
                 yield self._read(name, SCHEMA)
 
     def write_shard(self, kind: str, columns: Mapping[str, Any]) -> str:
-        """Add a shard: `kind` is "added" or "losses-" and a number. Returns its name."""
+        """Add a shard and return its file name; `kind` is "added" or "losses-" and a number."""
         name = self._write(kind, columns, SCHEMA)
-        self._seen.add(name)
+        self._shards_read.add(name)
         return name
 
     def write_prompts(self, columns: Mapping[str, Sequence[str]]) -> str:
-        """Note the prompts of a data set in their order, for `load`."""
+        """Add the list of a data set's prompts, in their order, and return its file name."""
         return self._write("_prompts", columns, PROMPT_SCHEMA)
 
     def missing(self) -> list[str]:
-        """Files that the manifest lists and the folder does not have."""
+        """Return the names of files that the manifest lists but the folder lacks."""
         listed = (self.manifest() or {"files": {}})["files"]
         return [name for name in sorted(listed) if not (self.folder / name).is_file()]
 
     def write_manifest(self) -> None:
-        """Write the manifest: every file with its sha256. Whoever does it writes the same."""
+        """Write the manifest: every file with its sha256. Every process writes the same content."""
         listed = (self.manifest() or {"files": {}})["files"]
         files = {}
         for name in self._names():
@@ -120,17 +129,21 @@ class RewardFiles:
         write_file(self.folder / MANIFEST, text.encode())
 
     def manifest(self) -> dict[str, Any] | None:
-        """`origin`, and by file its sha256 and bytes, as the manifest says; None where there is none yet."""
+        """Return the manifest's `origin` and `files` (sha256 and bytes per name); None if there is none yet.
+
+        Raises:
+            ValueError: if the manifest is damaged.
+        """
         path = self.folder / MANIFEST
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
             files = {
                 str(name): {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
-                for name, entry in found["files"].items()
+                for name, entry in content["files"].items()
             }
-            return {"origin": dict(found["origin"]), "files": files}
+            return {"origin": dict(content["origin"]), "files": files}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it, the table's other files do not need it"
@@ -152,33 +165,25 @@ class RewardFiles:
         return sorted(names)
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
+        """Read a file; raise `ValueError` unless its hash, columns and origin are right."""
         path = self.folder / name
         content = path.read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        listed = self._listed.get(name, {"sha256": found})["sha256"]
-        if found[:16] != Path(name).stem[-16:] or found != listed:
+        sha256 = hashlib.sha256(content).hexdigest()
+        listed = self._listed.get(name, {"sha256": sha256})["sha256"]
+        if sha256[:16] != Path(name).stem[-16:] or sha256 != listed:
             raise ValueError(
-                f"{path} is damaged: its content is not what its name and {MANIFEST} say; remove it, and "
-                "what it held is computed again"
+                f"{path} is damaged: its content does not match its name or {MANIFEST}; remove it, and its "
+                "losses are computed again"
             )
         try:
-            table = pq.read_table(pa.BufferReader(content), read_dictionary=NAMES)
+            table = pq.read_table(pa.BufferReader(content), read_dictionary=PROMPT_COLUMNS)
             origin = dict(json.loads((table.schema.metadata or {})[METADATA]))
             table = table.select(schema.names)
-            for field, column in zip(schema, table.columns, strict=True):
-                coded = field.name in NAMES and pa.types.is_dictionary(column.type)
-                found_type = column.type.value_type if coded else column.type
-                if found_type != field.type or coded != (field.name in NAMES):
-                    raise TypeError(f"column {field.name} is {found_type}, not {field.type}")
-            if "loss" in schema.names and not pc.all(pc.is_finite(table["loss"])).as_py():
-                raise ValueError("a loss that is not finite")
-            needed = [field.name for field in schema if not field.nullable]
-            if any(table[name].null_count for name in needed):
-                raise ValueError(f"empty cells in {', '.join(needed)}")
+            _check_columns(table, schema)
         except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{path} is no shard of a reward table ({' '.join(str(error).split())}); remove it, and what "
-                "it should hold is computed again"
+                f"{path} is no shard of a reward table ({' '.join(str(error).split())}); remove it, and its "
+                "losses are computed again"
             ) from error
         self._check_origin(path, origin)
         return table
@@ -188,41 +193,56 @@ class RewardFiles:
         arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
         table = pa.table(arrays, schema=schema.with_metadata(metadata))
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd", use_dictionary=NAMES)
+        pq.write_table(table, buffer, compression="zstd", use_dictionary=PROMPT_COLUMNS)
         content = buffer.getvalue().to_pybytes()
         name = f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
         if not (self.folder / name).is_file():
             write_file(self.folder / name, content)
         return name
 
-    def _origin_found(self) -> dict[str, Any]:
-        """What the files of the folder say they were computed with."""
+    def _stored_origin(self) -> dict[str, Any]:
+        """Return the origin that the folder's files record."""
         manifest = self.manifest()
         if manifest is not None:
-            return manifest["origin"]
+            return dict(manifest["origin"])
         names = self._names()
         for name in names:
             try:
                 origin = json.loads(pq.read_schema(self.folder / name).metadata[METADATA])
             except (pa.ArrowException, ValueError, KeyError, TypeError, OSError):
-                continue  # reading it in full says what is wrong with it
+                continue  # `_read` reports what is wrong with it
             if isinstance(origin, dict):
                 return origin
-        said = f"{names[0]} is damaged" if names else "it is empty"
-        raise ValueError(f"{self.folder} holds no reward table ({said}): give one that a sweep has written")
+        reason = f"{names[0]} is damaged" if names else "it is empty"
+        raise ValueError(f"{self.folder} holds no reward table ({reason}): give one that a sweep has written")
 
     def _check_origin(self, path: Path, origin: Mapping[str, Any]) -> None:
         if origin != self.origin:
             keys = [key for key in self.origin if origin.get(key) != self.origin[key]]
-            said = "; ".join(f"{key} {origin.get(key)!r}, here {self.origin[key]!r}" for key in keys)
+            differences = "; ".join(f"{key} {origin.get(key)!r}, here {self.origin[key]!r}" for key in keys)
             raise ValueError(
-                f"{path} was computed with another backbone or precision ({said}); choose another folder for "
-                "this table"
+                f"{path} was computed with another backbone or precision ({differences}); choose another "
+                "folder for this table"
             )
 
 
+def _check_columns(table: pa.Table, schema: pa.Schema) -> None:
+    """Raise `TypeError` or `ValueError` unless a file's columns have the right types and values."""
+    for field, column in zip(schema, table.columns, strict=True):
+        is_name = field.name in PROMPT_COLUMNS
+        is_encoded = is_name and pa.types.is_dictionary(column.type)
+        value_type = column.type.value_type if is_encoded else column.type
+        if value_type != field.type or is_encoded != is_name:
+            raise TypeError(f"column {field.name} is {value_type}, not {field.type}")
+    if "loss" in schema.names and not pc.all(pc.is_finite(table["loss"])).as_py():
+        raise ValueError("a loss that is not finite")
+    required = [field.name for field in schema if not field.nullable]
+    if any(table[name].null_count for name in required):
+        raise ValueError(f"empty cells in {', '.join(required)}")
+
+
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole or absent: synced beside its place and moved there."""
+    """Write a file that is whole or absent: it is synced under a temporary name and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

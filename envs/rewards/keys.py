@@ -1,8 +1,8 @@
-"""What tells prompts apart by their content, and which of them are computed together.
+"""Keys of prompts' contents, and the groups of prompts that are computed together.
 
-A group is all prompts about some images, so that what an image costs is paid once and images that are alike
-run as one batch. It is the unit in which a reward table is computed: its bits depend on the group alone, not
-on what else is in the table.
+A group consists of all prompts about some images, so that each image is encoded once and images of the same
+size run as one batch. It is the unit in which a reward table is computed: the bits of a loss depend only on
+the group, not on other prompts of the table.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from PIL import Image
 from deepinsert.envs.prompts import EncodedImage, ImageRef, Prompt
 
 LEAST_GROUP = 32
-"""Prompts of a group, at least, but for the last one; an image's are never divided."""
+"""A group has at least this many prompts, except the last one; an image's prompts stay together."""
 
 ENDS = 4096
-"""Bytes read at the start and the end of an image file to tell it from others."""
+"""Bytes at the start and at the end of an image file that identify it."""
 
 IntArray = NDArray[np.int64]
 
 
 def prompt_keys(prompts: Sequence[Prompt]) -> list[str]:
-    """16 hex digits of each prompt's content (P): messages, images, answer and where the loss is taken.
+    """Return 16 hex digits of each prompt's content (P): messages, images, answer and labelled turns.
 
-    Ids, sources and paths do not enter, so the same question keeps its key in another data set.
+    Ids, sources and paths are not part of it, so the same question has the same key in another data set.
     """
-    known: dict[ImageRef, list[Any]] = {}
+    identities: dict[ImageRef, list[Any]] = {}
     keys = []
     for prompt in prompts:
-        images = [_image_identity(image, known) for image in prompt.images]
+        images = [_image_identity(image, identities) for image in prompt.images]
         keys.append(digest([images, prompt.messages, prompt.answer, prompt.loss_on]))
     return keys
 
 
 def prompt_groups(prompts: Sequence[Prompt]) -> list[IntArray]:
-    """Indices of the prompts of each group: those of some images, in order of first appearance.
+    """Return the indices of each group's prompts, images in the order of their first appearance.
 
-    Prompts without an image are taken one by one, as if each were about one of its own.
+    A prompt without an image counts as a prompt about an image of its own.
     """
     images: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -57,7 +57,7 @@ def prompt_groups(prompts: Sequence[Prompt]) -> list[IntArray]:
 
 
 def distinct(keys: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Where each different key first stands, and for each key the position among those; in their order."""
+    """Return the index of each distinct key's first occurrence, and for each key its rank among these."""
     order: dict[str, int] = {}
     position = np.array([order.setdefault(key, len(order)) for key in keys], dtype=np.int64)
     _, first = np.unique(position, return_index=True)
@@ -65,40 +65,40 @@ def distinct(keys: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def group_key(keys: Sequence[str], batch_tokens: int) -> str:
-    """16 hex digits of what, beside the model, the bits of a group's losses depend on."""
+    """Return 16 hex digits of everything but the model that the bits of a group's losses depend on."""
     return digest([batch_tokens, list(dict.fromkeys(keys))])
 
 
 def shards_of(groups: Sequence[IntArray], prompts: int) -> list[list[int]]:
-    """Runs of consecutive groups that hold about `prompts` prompts each, as indices of the groups."""
+    """Divide the groups into runs of about `prompts` prompts; return the indices of each run's groups."""
     shards: list[list[int]] = []
-    filled = prompts
+    shard_prompts = prompts
     for index, group in enumerate(groups):
-        if filled >= prompts:
+        if shard_prompts >= prompts:
             shards.append([])
-            filled = 0
+            shard_prompts = 0
         shards[-1].append(index)
-        filled += len(group)
+        shard_prompts += len(group)
     return shards
 
 
 def digest(content: Any) -> str:
-    """16 hex digits over JSON content."""
+    """Return 16 hex digits of JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _image_identity(image: ImageRef | Image.Image, known: dict[ImageRef, list[Any]]) -> list[Any]:
-    """Tells images apart without decoding a file: its size and both ends, or the pixels of an open image."""
+def _image_identity(image: ImageRef | Image.Image, identities: dict[ImageRef, list[Any]]) -> list[Any]:
+    """Identify an image without decoding it: by a file's size and both ends, or by an open image's pixels."""
     if not isinstance(image, ImageRef):
         return [*image.size, image.mode, hashlib.sha256(image.tobytes()).hexdigest()]
     if isinstance(image, EncodedImage):
         return [len(image.data), hashlib.sha256(image.data).hexdigest()]
-    if image not in known:
+    if image not in identities:
         path = image.root / image.path
         size = path.stat().st_size
         with open(path, "rb") as file:
             ends = file.read(ENDS)
             file.seek(max(size - ENDS, 0))
             ends += file.read(ENDS)
-        known[image] = [size, hashlib.sha256(ends).hexdigest()]
-    return known[image]
+        identities[image] = [size, hashlib.sha256(ends).hexdigest()]
+    return identities[image]

@@ -1,34 +1,37 @@
-"""Measured prefill time of each insert layer against layer 0, for a skip bonus of time saved.
+"""Measures the prefill time of each insert layer relative to layer 0, for a skip bonus of saved time.
 
-Measured once and kept with the reward table: a clock read twice would make rewards differ from run to run.
+Times are measured once and stored with the run, since new measurements would change the rewards.
 """
 
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from time import perf_counter
 
 import numpy as np
 import torch
 
+from deepinsert.backbones import Backbone
 from deepinsert.backbones.loading import to_model
-
-if TYPE_CHECKING:
-    from deepinsert.backbones import Backbone
-    from deepinsert.envs.prompts import Prompt
+from deepinsert.envs.prompts import Prompt
 
 WARM_UP = 1
+"""Rounds before the first one that counts."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Prefill time at K insert layers divided by that at layer 0: medians over rounds, and their quartiles.
+    """Prefill times at K insert layers divided by the time at layer 0.
 
-    As measured: noise may make a deeper layer look slower than a shallower one, and the quartiles say how
-    much of that there was.
+    They are not smoothed: noise may make a deeper layer look slower than a shallower one. The quartiles show
+    the size of the noise.
+
+    Attributes:
+        ratios: (K), medians over rounds.
+        low: (K), lower quartiles.
+        high: (K), upper quartiles.
     """
 
     ratios: tuple[float, ...]
@@ -44,14 +47,23 @@ def measure_times(
     repeats: int = 15,
     seed: int = 0,
 ) -> Times:
-    """Prefill time at each of `insert_layers` (K) against layer 0, encoder included, as `generate` waits.
+    """Measure the prefill time of generation, encoder included, relative to layer 0.
 
-    Each of `repeats` rounds draws a batch of `prompts` with the seed and runs it at layer 0 and at every
-    candidate, the order turned around each time, so that whatever else slows the machine falls on all of
-    them; a ratio is of two times of one round. A warm-up round is not counted. The device is synchronised
-    before and after each forward.
+    Each round draws a batch of prompts and runs it at layer 0 and at every candidate. The order alternates
+    between rounds, so that other load on the machine slows all layers alike; a ratio compares two times of
+    one round. The warm-up round does not count. The device is synchronised before and after each forward.
 
-    Raises `ValueError` for no prompts, fewer than one repeat, or a layer that the backbone does not have.
+    Args:
+        backbone: the backbone.
+        prompts: the prompts from which batches are drawn.
+        insert_layers: the K candidates.
+        batch_size: prompts per batch.
+        repeats: the number of rounds.
+        seed: the seed of the drawn batches.
+
+    Raises:
+        ValueError: if there are no prompts, if there is less than one repeat or prompt per batch, or if the
+            backbone does not have a layer.
     """
     if not prompts:
         raise ValueError("no prompts to measure prefill times on")
@@ -62,7 +74,7 @@ def measure_times(
     rounds = []
     for repeat in range(-WARM_UP, repeats):
         batch = [prompts[row] for row in rng.permutation(len(prompts))[:batch_size]]
-        inputs = to_model(type(batch[0]).to_generate(backbone.processor, batch), backbone.model)
+        inputs = to_model(Prompt.to_generate(backbone.processor, batch), backbone.model)
         order = layers if repeat % 2 == 0 else layers[::-1]
         seconds = {layer: prefill_seconds(backbone, inputs, layer) for layer in order}
         if repeat >= 0:
@@ -72,20 +84,20 @@ def measure_times(
 
 
 def prefill_seconds(backbone: Backbone, inputs: Mapping[str, torch.Tensor], insert_layer: int) -> float:
-    """Seconds of one forward over a batch that fills a cache, with logits of the last position alone."""
+    """Return the seconds of one forward that fills a KV cache, with logits at the last position only."""
     model = backbone.model
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+    has_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"use_cache": True, **({"logits_to_keep": 1} if has_logits_to_keep else {})}
     with torch.inference_mode(), backbone.insert_at(insert_layer):
         synchronise(backbone.device)
-        started = time.perf_counter()
+        start = perf_counter()
         model(**inputs, **options)
         synchronise(backbone.device)
-        return time.perf_counter() - started
+        return perf_counter() - start
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked for; a CPU always has."""
+    """Wait until the device has finished its work; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""Texts that begin alike, as one tree of tokens: what several share is in it once."""
+"""Texts with common beginnings as one tree of tokens, in which shared tokens occur once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class TokenTree:
-    """R tokens of P texts.
+    """The R tokens of P texts.
 
-    `ids` (R,) are tokens, `depth` (R,) their places in their texts, `seen` (R, R) bool says which tokens come
-    before each one in its text, itself among them. `paths[p]` are the nodes of text p, in order.
+    Attributes:
+        ids: (R,), the token ids.
+        depth: (R,), the tokens' positions in their texts.
+        visible: (R, R) bool, the tokens that come before each one in its text, and the token itself.
+        paths: the nodes of each text, in order.
     """
 
     ids: NDArray[np.int64]
     depth: NDArray[np.int64]
-    seen: NDArray[np.bool_]
+    visible: NDArray[np.bool_]
     paths: list[list[int]]
 
 
 def token_tree(texts: Sequence[Sequence[int]]) -> TokenTree:
-    """The tree of `texts`, token ids each."""
+    """Return the tree of `texts`, each a sequence of token ids."""
     children: dict[tuple[int, int], int] = {}
     nodes: list[tuple[int, int, int]] = []  # id, depth, parent
     paths = []
@@ -37,23 +40,26 @@ def token_tree(texts: Sequence[Sequence[int]]) -> TokenTree:
                 nodes.append((token, depth, parent))
             path.append(node)
         paths.append(path)
-    seen = np.eye(len(nodes), dtype=np.bool_)
+    visible = np.eye(len(nodes), dtype=np.bool_)
     for node, (_, _, parent) in enumerate(nodes):
         if parent >= 0:
-            seen[node] |= seen[parent]  # parents come first
+            visible[node] |= visible[parent]  # a parent has a smaller number than its children
     table = np.array(nodes, dtype=np.int64).reshape(-1, 3)
-    return TokenTree(table[:, 0], table[:, 1], seen, paths)
+    return TokenTree(table[:, 0], table[:, 1], visible, paths)
 
 
-def packs(texts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """Texts in runs whose trees have at most `most` tokens, as indices; one text alone may have more."""
+def pack_texts(texts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Divide texts into runs whose trees have at most `max_tokens` tokens; return the runs' indices.
+
+    A single text may have more tokens.
+    """
     runs: list[list[int]] = []
-    known: set[tuple[int, ...]] = set()
+    run_beginnings: set[tuple[int, ...]] = set()
     for index, text in enumerate(texts):
-        ways = {tuple(text[: end + 1]) for end in range(len(text))}
-        if not runs or len(known | ways) > most:
+        beginnings = {tuple(text[: end + 1]) for end in range(len(text))}
+        if not runs or len(run_beginnings | beginnings) > max_tokens:
             runs.append([])
-            known = set()
+            run_beginnings = set()
         runs[-1].append(index)
-        known |= ways
+        run_beginnings |= beginnings
     return runs

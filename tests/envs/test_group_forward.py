@@ -79,7 +79,7 @@ def test_tokens_and_judgements_are_those_of_each_prompt_alone(small_backbone, pr
     forward = GroupForward(small_backbone)
     result = forward.run(prompts, layers)
     for index, prompt in enumerate(prompts):
-        by_itself = forward.one_by_one([prompt], layers)
+        by_itself = forward.run_separately([prompt], layers)
         for name in ("first_tokens", "greedy", "text_tokens", "multimodal_tokens"):
             expected = getattr(by_itself, name)[0]
             np.testing.assert_array_equal(getattr(result, name)[index], expected, err_msg=prompt.id)
