@@ -1,4 +1,4 @@
-"""One pair of models a family for the whole session: stock, and the same weights with an insert layer."""
+"""One pair of models per family for the whole session: stock, and the same weights with an insert layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from zoo import FAMILIES, REFUSED, Family
 
 from deepinsert.backbones import deep_insert, set_insert_layer
 
-DEEPLY = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_audio"]
-"""Families that are tried in every shape of use."""
+THOROUGH_FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_audio"]
+"""The families that are tried in every shape of use."""
 
 
-@pytest.fixture(scope="session", params=DEEPLY)
+@pytest.fixture(scope="session", params=THOROUGH_FAMILIES)
 def family(request) -> Family:
     return FAMILIES[request.param]
 
@@ -33,22 +33,23 @@ def inserted_once(stock):
 
 @pytest.fixture
 def inserted(inserted_once):
-    """The family's model with an insert layer of 0; what a test sets does not outlive it."""
+    """Yield the family's model with insert layer 0, and reset the layer that the test sets."""
     yield inserted_once
     set_insert_layer(inserted_once, 0)
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--models-page", type=Path, help="write what the run of test_models.py found to this file"
+        "--models-page", type=Path, help="write the outcomes of test_models.py as a page to this file"
     )
 
 
 OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
+"""Outcomes by family or refused model type, and by test."""
 
 
 def pytest_runtest_logreport(report):
-    """Seen in the process that collects the reports, however many ran the tests."""
+    """Collect the outcomes, in the one process that gets the reports of all processes."""
     file, _, test = report.nodeid.partition("::")
     name, _, parameters = test.removeprefix("test_").rstrip("]").partition("[")
     subjects = [each for each in (*FAMILIES, *REFUSED) if f"{parameters}-".startswith(f"{each}-")]

@@ -1,4 +1,4 @@
-"""`docs/models.md`, written from what `test_models.py` found in a run."""
+"""Renders `docs/models.md` from the outcomes of a run of `test_models.py`."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from deepinsert.backbones import UnsupportedModelError, deep_insert
 
 HEAD = """# Models
 
-Written by `make models` from a run of `tests/backbones/test_models.py` with transformers {transformers} and
-torch {torch}: small models of each type, built from their configurations with random weights, real encoders
-included.
+`make models` writes this page from a run of `tests/backbones/test_models.py` with transformers
+{transformers} and torch {torch}. The run builds a small model of each type, with its real encoder, from its
+configuration with random weights.
 
-A supported type keeps these promises, float32 on the CPU, left and right padding:
+A supported type keeps these promises, in float32 on the CPU, with left and right padding:
 
 - insert layer 0 gives the stock logits bit for bit
 - every other layer gives, to 5e-5 of the largest, the logits of the stock model in which multimodal rows
-  wait and no other row sees them (`tests/backbones/reference.py`)
-- with one insert layer per row, each row gets what it gets alone
+  wait and no other row attends to them (`tests/backbones/reference.py`)
+- with one insert layer per row, each row gets the logits that it gets alone
 - generation with the cache gives the tokens of generation without it
 - layers below the insert layer hold no multimodal key
-- gradients are the reference's
+- gradients equal the reference's
 - a checkpoint saved and loaded by stock code has no missing and no unexpected key
-- what was installed can be removed
+- removal makes the model stock again
 
-A type that is not listed is tried by the same generic rules, and refused if they do not find its decoder
-stack or its multimodal tokens.
+The same generic rules apply to a type that is not listed. It is refused if they do not find its decoder stack
+or its multimodal tokens.
 """
 
 
 def registered() -> dict[str, str]:
-    """The multimodal model types of the installed transformers, with the class of each."""
+    """Return the multimodal model types of the installed transformers, with the class of each."""
     names = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     names |= modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
     return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
 
 
 def type_of(name: str) -> str:
-    """The model type of a family such as `qwen2_vl-video`."""
+    """Return the model type of a family, such as `qwen2_vl` of `qwen2_vl-video`."""
     kinds = [kind for kind in registered() if name == kind or name.startswith(f"{kind}-")]
     return max(kinds, key=len, default=name)
 
 
 def page(outcomes: dict[str, dict[str, str]]) -> str:
-    """The page from `outcomes[family or refused type][test]`: "passed", "skipped" or "failed"."""
+    """Return the page for `outcomes[family or refused type][test]`: "passed", "skipped" or "failed"."""
     families = defaultdict(list)
     for name in FAMILIES:
         families[type_of(name)].append(name)
@@ -83,6 +83,7 @@ def page(outcomes: dict[str, dict[str, str]]) -> str:
 
 
 def _reason(kind: str) -> str:
+    """Return the message with which a model type is refused."""
     try:
         deep_insert(REFUSED[kind].build(), 1)
     except UnsupportedModelError as error:
@@ -91,7 +92,7 @@ def _reason(kind: str) -> str:
 
 
 def _modality(kind: str) -> str:
-    """What the family named like its type is tried with."""
+    """Return the modality of the family that is named like its model type."""
     model_class = getattr(transformers, registered().get(kind, ""), None)
     if model_class is None:
         return "audio" if FAMILIES[kind].build.__module__.endswith(("audio", "speech")) else "images"
@@ -100,6 +101,7 @@ def _modality(kind: str) -> str:
 
 
 def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]]) -> str:
+    """Return the row of a supported model type, whose families are `names`."""
     remarks = []
     for name in names:
         family = FAMILIES[name]
@@ -108,7 +110,7 @@ def _supported(kind: str, names: list[str], outcomes: dict[str, dict[str, str]])
         remarks += [f"**{label}{test} failed**" for test in failed]
         if family.broken_in == transformers.__version__:
             remarks.append(
-                f"{label}**not tried: the stock model fails in {family.broken_in}**, and works before"
+                f"{label}**not tried: the stock model fails in {family.broken_in}**, and works in older ones"
             )
         if family.remark and not any(family.remark in remark for remark in remarks):
             remarks.append(f"{label}{family.remark}")

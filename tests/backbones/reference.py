@@ -1,7 +1,8 @@
-"""What DeepInsert means, on a stock model that was never given an insert layer.
+"""A reference implementation of DeepInsert on a stock model without an insert layer.
 
-Below the insert layer text does not see multimodal columns, and a layer hands multimodal rows on as they
-came. Nothing is gathered, no row is left out, no cache is used; no code is shared with the mechanism.
+Below the insert layer, text does not attend to multimodal columns, and a layer returns multimodal rows
+unchanged. The reference gathers nothing, leaves out no row, uses no cache and shares no code with the
+mechanism.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 REMOVED_FROM = ("linear_attn", "conv", "mamba")
-"""Sublayers by which a layer hands a state from row to row: waiting rows must not be there at all."""
+"""Sublayers that carry a state from row to row, so that waiting rows must be removed from the layer."""
 
 
 @contextmanager
 def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) -> Iterator[None]:
-    """Let the positions `multimodal` (S,) wait below `insert_layer`: eager attention, a row unpadded."""
+    """Let the positions `multimodal` (S,) of an unpadded row wait below `insert_layer` (eager attention)."""
     handles = []
     for layer in layers[:insert_layer]:
         names = list(inspect.signature(layer.forward).parameters)
         removes = any(hasattr(layer, name) for name in REMOVED_FROM)
         removes |= getattr(layer, "block_type", None) == "linear_attention"
-        entered: list[Tensor] = []
+        layer_input: list[Tensor] = []
 
         def before(
             module: Any,
@@ -34,15 +35,16 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
             kwargs: dict,
             names: list[str] = names,
             removes: bool = removes,
-            entered: list[Tensor] = entered,
+            layer_input: list[Tensor] = layer_input,
         ) -> Any:
             call = dict(zip(names, args, strict=False)) | kwargs
             hidden = call.pop("hidden_states")
-            entered[:] = [hidden]
+            layer_input[:] = [hidden]
             if removes:
-                return (hidden[..., ~multimodal, :],), _without(call, ~multimodal)
+                return (hidden[..., ~multimodal, :],), _select_rows(call, ~multimodal)
             causal = getattr(getattr(module, "self_attn", None), "is_causal", True)
-            call["attention_mask"] = _blind(call.get("attention_mask"), multimodal, hidden.dtype, causal)
+            mask = call.get("attention_mask")
+            call["attention_mask"] = _hide_multimodal(mask, multimodal, hidden.dtype, causal)
             return (hidden,), call
 
         def after(
@@ -51,12 +53,12 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
             kwargs: dict,
             output: Any,
             removes: bool = removes,
-            entered: list[Tensor] = entered,
+            layer_input: list[Tensor] = layer_input,
         ) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            kept = entered.pop().clone()
-            kept[..., ~multimodal, :] = hidden if removes else hidden[..., ~multimodal, :]
-            return (kept, *output[1:]) if isinstance(output, tuple) else kept
+            changed = layer_input.pop().clone()
+            changed[..., ~multimodal, :] = hidden if removes else hidden[..., ~multimodal, :]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, with_kwargs=True))
@@ -67,21 +69,30 @@ def waiting_below(layers: nn.ModuleList, insert_layer: int, multimodal: Tensor) 
             handle.remove()
 
 
-def _without(call: dict[str, Any], kept: Tensor) -> dict[str, Any]:
-    """A layer's arguments for the rows `kept` (S,) of a single row without padding."""
+def _select_rows(call: dict[str, Any], is_text: Tensor) -> dict[str, Any]:
+    """Return a layer's arguments for the text positions `is_text` (S,), bool, of one unpadded row."""
     mask = call.get("attention_mask")
     if mask is not None:
-        mask = mask[..., kept, :][..., kept] if mask.ndim == 4 else mask[..., kept]
-    changed: dict[str, Any] = {"attention_mask": mask}
+        mask = mask[..., is_text, :][..., is_text] if mask.ndim == 4 else mask[..., is_text]
+    selected: dict[str, Any] = {"attention_mask": mask}
     if call.get("position_ids") is not None:
-        changed["position_ids"] = call["position_ids"][..., kept]
+        selected["position_ids"] = call["position_ids"][..., is_text]
     if call.get("position_embeddings") is not None:
-        changed["position_embeddings"] = tuple(table[..., kept, :] for table in call["position_embeddings"])
-    return call | changed
+        selected["position_embeddings"] = tuple(
+            table[..., is_text, :] for table in call["position_embeddings"]
+        )
+    return call | selected
 
 
-def _blind(mask: Tensor | None, multimodal: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
-    """The mask, with multimodal columns closed to text rows."""
+def _hide_multimodal(mask: Tensor | None, multimodal: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
+    """Return the attention mask with multimodal columns hidden from text rows.
+
+    Args:
+        mask: The stock mask (1, 1, S, S); None means plain causal, or none if not `causal`.
+        multimodal: (S,) bool, the multimodal positions.
+        dtype: The precision of the mask.
+        causal: Whether the attention is causal.
+    """
     size = len(multimodal)
     closed = multimodal[None, :] & ~multimodal[:, None]
     if mask is None:
@@ -94,7 +105,15 @@ def _blind(mask: Tensor | None, multimodal: Tensor, dtype: torch.dtype, causal: 
 def reference_logits(
     stock: Any, layers: nn.ModuleList, inputs: dict, insert_layer: int, multimodal: Tensor
 ) -> Tensor:
-    """(S, V) logits of a single row without padding; `multimodal` (S,) bool. Eager attention."""
+    """Return the logits (S, V) of a single row without padding, computed with eager attention.
+
+    Args:
+        stock: A stock model with eager attention.
+        layers: Its decoder layers.
+        inputs: Its inputs for one row.
+        insert_layer: The layer at which multimodal tokens enter.
+        multimodal: (S,) bool, the multimodal positions.
+    """
     assert inputs["input_ids"].shape[0] == 1
     with waiting_below(layers, insert_layer, multimodal):
         return stock(**inputs, use_cache=False).logits[0]

@@ -1,18 +1,18 @@
-"""`torch.compile`: decoding with a static cache is one graph, compiled once; the rest leaves the graph."""
+"""Under `torch.compile`, decoding with a static cache is one graph, compiled once; the rest runs eagerly."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from batches import DEPTHS, LONGER_ROWS
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, DynamicCache, StaticCache
 from zoo import FAMILIES, logits_of
 
 from deepinsert.backbones import deep_insert, insert_at
 
-ROWS = [(3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 9)]
-DEPTHS = [2, 4, 1, 3]
 SLOTS = 40
+"""The length of the static caches."""
 
 
 @pytest.fixture(params=["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
@@ -28,13 +28,21 @@ def model(family):
 
 
 def decode(forward, model, inputs, layers, steps):
-    """Logits of `steps` greedy steps behind an eager prefill, each by `forward`, with a static cache."""
+    """Return the logits of greedy steps behind an eager prefill, with a static cache.
+
+    Args:
+        forward: The model, or its compiled form, which computes the steps.
+        model: The model, which computes the prefill.
+        inputs: Its inputs.
+        layers: The insert layer, or one per row.
+        steps: The number of steps.
+    """
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=SLOTS)
     batch, length = inputs["input_ids"].shape
-    # As long as the cache from the start, as shapes that grow are what recompiles.
-    ahead = torch.ones(batch, SLOTS - length, dtype=torch.long)
-    mask = torch.cat([inputs["attention_mask"], ahead], dim=1)
-    found = []
+    # The mask is as long as the cache from the start, since shapes that grow would recompile.
+    future = torch.ones(batch, SLOTS - length, dtype=torch.long)
+    mask = torch.cat([inputs["attention_mask"], future], dim=1)
+    step_logits = []
     with insert_at(model, layers), torch.no_grad():
         model.model.rope_deltas = None
         logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1:]
@@ -42,57 +50,57 @@ def decode(forward, model, inputs, layers, steps):
             position = torch.full((batch, 1), length + step)
             words = {"input_ids": logits.argmax(-1), "attention_mask": mask, "position_ids": position}
             logits = forward(**words, past_key_values=cache, use_cache=True).logits
-            found.append(logits)
-    return torch.cat(found, dim=1)
+            step_logits.append(logits)
+    return torch.cat(step_logits, dim=1)
 
 
 @pytest.mark.parametrize("layers", [3, DEPTHS], ids=["one layer", "layer per row"])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_decoding_is_one_graph_compiled_once(family, model, layers, backend):
-    inputs = family.batch(model, ROWS)
+    inputs = family.batch(model, LONGER_ROWS)
     expected = decode(model, model, inputs, layers, 6)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     assert counter.frame_count == 0
-    got = decode(compiled, model, inputs, layers, 2)
-    torch.testing.assert_close(got, expected[:, :2], atol=1e-4, rtol=1e-4)
-    warm = counter.frame_count
+    logits = decode(compiled, model, inputs, layers, 2)
+    torch.testing.assert_close(logits, expected[:, :2], atol=1e-4, rtol=1e-4)
+    warm_count = counter.frame_count
     with torch.compiler.set_stance("fail_on_recompile"):
-        got = decode(compiled, model, inputs, layers, 6)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == warm
+        logits = decode(compiled, model, inputs, layers, 6)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == warm_count
 
 
 def test_generate_compiles_by_itself(family, model):
-    """What `generate` does with a static cache on a GPU, here on the CPU."""
-    inputs = family.batch(model, ROWS)
+    """On the CPU, `generate` compiles as it does with a static cache on a GPU."""
+    inputs = family.batch(model, LONGER_ROWS)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     compiling = CompileConfig(fullgraph=True, backend="eager")
     compiling._compile_all_devices = True
     with insert_at(model, DEPTHS), torch.no_grad():
         expected = model.generate(**inputs, **options)
-        got = model.generate(**inputs, **options, compile_config=compiling)
-    assert torch.equal(got, expected)
+        tokens = model.generate(**inputs, **options, compile_config=compiling)
+    assert torch.equal(tokens, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [3, DEPTHS], ids=["one layer", "layer per row"])
 def test_a_compiled_prefill_leaves_the_graph(family, model, layers):
-    """Rows are chosen by values, so the stack runs eagerly; what a growing cache holds changes as well."""
-    inputs = family.batch(model, ROWS)
+    """Rows are chosen by value, so the stack runs eagerly; the shapes of a growing cache change as well."""
+    inputs = family.batch(model, LONGER_ROWS)
     compiled = torch.compile(model, backend="eager")
     length = inputs["input_ids"].shape[1]
     step = {"input_ids": torch.full((4, 1), 30), "position_ids": torch.full((4, 1), length)}
     step["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
-    found = []
+    logits = []
     with insert_at(model, layers):
         for forward in (model, compiled):
             cache = DynamicCache(config=model.config.get_text_config())
             first = logits_of(forward, inputs, past_key_values=cache, use_cache=True)
             then = logits_of(forward, step, past_key_values=cache, use_cache=True)
-            found.append(torch.cat([first, then], dim=1))
-    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+            logits.append(torch.cat([first, then], dim=1))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
 
 
 def test_layer_0_compiles_as_the_stock_model_does():
@@ -105,12 +113,12 @@ def test_layer_0_compiles_as_the_stock_model_does():
 
 
 def test_compiled_layers(family, model):
-    """Compiling layer by layer keeps an insert layer's prefill and training in compiled code."""
-    inputs = family.batch(model, ROWS)
+    """Compiling each layer keeps the layers of prefill and training in compiled code."""
+    inputs = family.batch(model, LONGER_ROWS)
     with insert_at(model, 2):
         expected = logits_of(model, inputs)
         for layer in model.get_decoder().layers:
             layer.compile(backend="eager")
-        got = logits_of(model, inputs)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        logits = logits_of(model, inputs)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

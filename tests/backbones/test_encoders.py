@@ -1,4 +1,4 @@
-"""Encoder-decoders in the shapes of use where an encoder differs from a decoder stack."""
+"""Encoder-decoders, in the shapes of use in which an encoder differs from a decoder stack."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def inserted(stock):
 
 
 def without_mask(inputs):
+    """Return the inputs without an attention mask."""
     return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
-def started(inputs):
-    """The inputs with a decoder that has read a start token only, the same with and without padding."""
+def with_start_token(inputs):
+    """Add a start token for the decoder, which is then the same with and without padding."""
     return inputs | {"decoder_input_ids": inputs["input_ids"].new_ones(len(inputs["input_ids"]), 1)}
 
 
 def test_no_mask_means_that_all_rows_see_each_other(family, stock, inserted):
-    """Rows of one length with different numbers of image tokens, and no mask to take rows from."""
+    """Rows of one length have different numbers of image tokens, and there is no mask to select rows from."""
     image = len(family.media(stock, [[0]]).tokens[0])
     rows = [(3, 0, 4), (7 + image,), (0, 7)]
     inputs = without_mask(family.batch(stock, rows))
@@ -52,25 +53,26 @@ def test_no_mask_means_that_all_rows_see_each_other(family, stock, inserted):
 
 
 def test_generation_starts_from_the_same_encoder_output(family, stock, inserted):
-    """`generate` calls the encoder by itself: greedy tokens are the forward's, beams those of a row alone."""
+    """Tokens equal the forward's, and beams those of a row alone, though `generate` calls the encoder."""
     depths = [2, LAYERS, 1, 3]
     for row, depth in enumerate(depths):
         inputs = family.batch(stock, only=row)
         options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
         with insert_at(inserted, depth), torch.no_grad():
             greedy = inserted.generate(**inputs, **options)
-            given = {**inputs, "decoder_input_ids": greedy[:, :-1]}
-            scores = logits_of(inserted, given)[0, -3:]
+            decoder_inputs = {"decoder_input_ids": greedy[:, :-1]}
+            scores = logits_of(inserted, inputs | decoder_inputs)[0, -3:]
             scores[:, inserted.generation_config.suppress_tokens] = -torch.inf
             assert torch.equal(scores.argmax(-1), greedy[0, -3:])
     with insert_at(inserted, depths), torch.no_grad():
-        together = inserted.generate(**started(family.batch(stock)), **options, num_beams=2)
+        together = inserted.generate(**with_start_token(family.batch(stock)), **options, num_beams=2)
     for row, depth in enumerate(depths):
         with insert_at(inserted, depth), torch.no_grad():
-            alone = inserted.generate(**started(family.batch(stock, only=row)), **options, num_beams=2)
+            row_inputs = with_start_token(family.batch(stock, only=row))
+            alone = inserted.generate(**row_inputs, **options, num_beams=2)
         assert torch.equal(together[row], alone[0])
 
 
-def test_costs_are_not_those_of_the_encoder_alone(stock):
+def test_costs_are_refused_instead_of_counting_the_encoder_alone(stock):
     with pytest.raises(UnsupportedModelError, match="not counted yet"):
         CostModel.from_model(stock)

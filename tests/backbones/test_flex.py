@@ -1,4 +1,4 @@
-"""Flex attention, whose masks are functions: the same logits and tokens as with eager attention."""
+"""Flex attention, whose masks are functions, gives the logits and tokens of eager attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 @pytest.fixture(scope="module", params=["llava", "gemma3", "mistral3"])
 def family(request):
-    """Gemma 3 makes its masks before the stack, with windows and images that see themselves."""
+    """Return the family; Gemma 3 builds its masks before the stack, with windows and bidirectional images."""
     return FAMILIES[request.param]
 
 
@@ -40,8 +40,8 @@ def test_logits(family, eager, flex, layers, padding):
     inputs = family.batch(eager, padding=padding)
     real = inputs["attention_mask"].bool()
     with torch.compiler.set_stance("force_eager"), insert_at(eager, layers), insert_at(flex, layers):
-        got, expected = logits_of(flex, inputs), logits_of(eager, inputs)
-    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+        logits, expected = logits_of(flex, inputs), logits_of(eager, inputs)
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [2, [2, 4, 1, 3]], ids=["one layer", "layer per row"])
@@ -55,7 +55,7 @@ def test_generation(family, eager, flex, layers):
 
 @pytest.mark.slow
 def test_compiled(family, eager, flex):
-    """With fixed shapes: inductor's C++ for shapes that change does not compile in torch 2.13."""
+    """Shapes are fixed, since inductor's C++ for changing shapes does not compile in torch 2.13."""
     inputs = family.batch(eager)
     real = inputs["attention_mask"].bool()
     torch.compiler.reset()
@@ -64,12 +64,12 @@ def test_compiled(family, eager, flex):
         insert_at(eager, 2),
         insert_at(flex, 2),
     ):
-        got, expected = logits_of(flex, inputs), logits_of(eager, inputs)
-    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+        logits, expected = logits_of(flex, inputs), logits_of(eager, inputs)
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
-def test_static_cache(family, eager, flex):
-    """Which the stock `generate` does not make together with flex attention."""
+def test_a_static_cache_is_refused(family, eager, flex):
+    """The stock `generate` makes no static cache for flex attention, so the forward is called with one."""
     inputs = family.batch(eager)
     cache = StaticCache(config=flex.config.get_text_config(), max_cache_len=40)
     with torch.compiler.set_stance("force_eager"):

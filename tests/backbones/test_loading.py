@@ -23,7 +23,7 @@ from deepinsert.backbones.compat.transformers import pil_image_processor
 from deepinsert.backbones.loading import TINY, fingerprint
 
 
-def test_what_is_saved_is_loaded(tiny_backbone, tmp_path):
+def test_a_saved_backbone_is_loaded_completely(tiny_backbone, tmp_path):
     with tiny_backbone.insert_at(0):
         tiny_backbone.save_pretrained(tmp_path)
     loaded = load_backbone(tmp_path, device="cpu")
@@ -35,7 +35,7 @@ def test_what_is_saved_is_loaded(tiny_backbone, tmp_path):
 
 
 def test_a_checkpoint_with_missing_weights_is_refused(tiny_backbone, tmp_path):
-    """Another version of transformers may name weights differently; stock code would leave them random."""
+    """Other versions of transformers may name weights differently; stock code would leave them random."""
     tiny_backbone.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     renamed = {name.replace("vision_tower", "tower"): weight for name, weight in weights.items()}

@@ -1,7 +1,7 @@
-"""The promises of the variable-depth forward on every model family, at the smallest size that can break them.
+"""The promises of the forward with a variable insert layer, for every model family, at a small size.
 
-`test_insertion.py` tries a few families in every shape of use; here every family is tried in the shapes that
-differ between families. `docs/models.md` is written from a run of this file (`make models`).
+`test_insertion.py` and its neighbours try a few families in every shape of use. This file tries every family
+in the shapes that differ between families. `make models` writes `docs/models.md` from a run of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+from batches import depths_of
 from reference import reference_logits
 from zoo import (
     FAMILIES,
@@ -43,7 +44,7 @@ def inserted(stock):
 
 
 @pytest.fixture(autouse=True)
-def only_what_the_stock_model_can(request):
+def skip_what_the_stock_model_cannot(request):
     if "family" in request.fixturenames:
         request.getfixturevalue("inserted")
         name = request.function.__name__.removeprefix("test_")
@@ -52,14 +53,9 @@ def only_what_the_stock_model_can(request):
             pytest.skip(family.without[name])
 
 
-def layers_of(stock):
-    return find_stack(stock).layers
-
-
-def depths_of(family, count):
-    """A different insert layer for each of `count` rows, shallow and deep ones mixed."""
-    deepest = family.deepest
-    return [(2, deepest, 1, deepest - 1)[row % 4] for row in range(count)]
+def layers_of(model):
+    """Return the decoder layers of a model."""
+    return find_stack(model).layers
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -70,13 +66,13 @@ def test_layer_0_is_stock(family, stock, inserted, padding):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_reference(family, stock, inserted, padding):
-    """Every insert layer, against the stock model with multimodal tokens masked; each row unpadded there."""
+    """Every insert layer gives the logits of the stock model with multimodal tokens masked, row by row."""
     plain = family.model(attention="eager")
     inputs = family.batch(stock, padding=padding)
-    changed = 0.0
+    largest_change = 0.0
     for layer in range(family.deepest + 1):
         with insert_at(inserted, layer):
-            got = logits_of(inserted, inputs)
+            logits = logits_of(inserted, inputs)
         for row in range(len(family.rows)):
             alone = family.batch(stock, padding=padding, only=row)
             with torch.no_grad():
@@ -84,9 +80,10 @@ def test_reference(family, stock, inserted, padding):
                     plain, layers_of(plain), alone, layer, family.multimodal(alone["input_ids"])[0]
                 )
             real = inputs["attention_mask"][row].bool()
-            assert_close(got[row][real], expected)
-            changed = max(changed, float((expected - logits_of(stock, alone)[0]).abs().max()))
-    assert changed > 0.03, "inserting later must change the logits, or this test shows nothing"
+            assert_close(logits[row][real], expected)
+            change = float((expected - logits_of(stock, alone)[0]).abs().max())
+            largest_change = max(largest_change, change)
+    assert largest_change > 0.03, "a later insert layer must change the logits, or this test shows nothing"
 
 
 def test_one_layer_per_row(family, stock, inserted):
@@ -103,7 +100,7 @@ def test_one_layer_per_row(family, stock, inserted):
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["one layer", "layer per row"])
 def test_generation(family, stock, inserted, per_row):
-    """With the cache and without it, the same tokens."""
+    """Generation with the cache and without it gives the same tokens."""
     depths = depths_of(family, len(family.rows))
     cases = [(family.batch(stock), depths if per_row else depths[0])]
     if family.generates_alone:
@@ -125,20 +122,20 @@ def test_short_cache(family, stock, inserted):
     cache = getattr(output, "language_model_outputs", output).past_key_values
     total = inputs["input_ids"].shape[1]
     text = total - int(family.multimodal(inputs["input_ids"]).sum())
-    # A recurrent layer holds no keys, a sliding one those of its window.
+    # A recurrent layer holds no keys.
     attending = {
         index: layer for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None
     }
     assert attending
     for index, layer in attending.items():
-        # A sliding window holds what the next position can see of it.
+        # A sliding layer holds the keys of its window that the next position attends to.
         most = getattr(layer, "sliding_window", total + 1) - 1
         assert layer.keys.shape[-2] == min(most, text if index < depth else total)
         assert layer.get_seq_length() == total
 
 
 def test_gradients(family, stock):
-    """Of the loss, at the middle layer, for every parameter."""
+    """The loss has the reference's gradient for every parameter, at the middle insert layer."""
     inserted = deep_insert(copy.deepcopy(stock), 2).requires_grad_(True)
     plain = family.model(attention="eager").requires_grad_(True)
     inputs = family.batch(stock, only=0)
@@ -148,17 +145,18 @@ def test_gradients(family, stock):
     loss(inserted(**inputs, use_cache=False).logits[0, :-1], target).backward()
     loss(reference_logits(plain, layers_of(plain), inputs, 2, multimodal)[:-1], target).backward()
     compared = 0
-    for (name, mine), theirs in zip(inserted.named_parameters(), plain.parameters(), strict=True):
-        if mine.grad is None or theirs.grad is None:
-            assert not any(g is not None and g.any() for g in (mine.grad, theirs.grad)), name
+    for (name, weight), expected in zip(inserted.named_parameters(), plain.parameters(), strict=True):
+        gradients = (weight.grad, expected.grad)
+        if weight.grad is None or expected.grad is None:
+            assert not any(gradient is not None and gradient.any() for gradient in gradients), name
             continue
-        torch.testing.assert_close(mine.grad, theirs.grad, atol=5e-5, rtol=2e-3, msg=name)
+        torch.testing.assert_close(*gradients, atol=5e-5, rtol=2e-3, msg=name)
         compared += 1
     assert compared > 4 * len(layers_of(stock))
 
 
 def test_checkpoint(family, stock, tmp_path):
-    """Saved and loaded by stock code: no key missing, none too many; the same logits and insert layer."""
+    """Stock code saves and loads a checkpoint with all keys, the same logits and the same insert layer."""
     model = deep_insert(copy.deepcopy(stock), min(3, family.deepest))
     model.save_pretrained(tmp_path)
     loaded, report = type(stock).from_pretrained(tmp_path, output_loading_info=True)

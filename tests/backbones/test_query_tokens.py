@@ -1,4 +1,4 @@
-"""Models that embed the prompt themselves and hand it to the `generate` of the language model inside."""
+"""Models that embed the prompt and pass it to the `generate` of their language model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_generated_tokens_are_those_of_the_forward(family, inserted, layer):
     inputs = family.batch(inserted, only=2)
     with insert_at(inserted, layer), torch.no_grad():
         tokens = inserted.generate(**inputs, **OPTIONS)
-        given = tokens[:, :-1]
-        again = inputs | {"input_ids": given, "attention_mask": torch.ones_like(given)}
-        scores = logits_of(inserted, again)[0, -3:]
+        ids = tokens[:, :-1]
+        recomputed = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        scores = logits_of(inserted, recomputed)[0, -3:]
     scores[:, : WORDS.start] = -torch.inf
     assert torch.equal(scores.argmax(-1), tokens[0, -3:])
 
 
-def test_beams_take_the_insert_layer_of_their_row(family, inserted):
+def test_beams_have_the_insert_layer_of_their_row(family, inserted):
     depths = [2, LAYERS, 1, 3]
     with insert_at(inserted, depths):
         together = inserted.generate(**family.batch(inserted), **OPTIONS, num_beams=2)

@@ -1,4 +1,4 @@
-"""Layers that hand a state from row to row, over several forwards on one cache."""
+"""Layers that carry a state from row to row, over several forwards on one cache."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def model(family):
         return deep_insert(family.model(), 0)
 
 
-def in_two_turns(family, model, rows, first):
-    """Logits after `first` positions of text, then all the rest with its images, on one cache."""
+def second_turn_logits(family, model, rows, first):
+    """Return the logits of a second turn, with images, behind a first turn of `first` text positions."""
     inputs = family.batch(model, rows)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions, _ = model.model.get_rope_index(
@@ -46,19 +46,19 @@ def test_an_image_in_a_later_turn(family, model):
     rows = [(3, 4, 0, 2)]
     with insert_at(model, 0), torch.no_grad():
         stock = model(**family.batch(model, rows)).logits[:, 4:]
-        if not torch.allclose(in_two_turns(family, model, rows, first=4), stock, atol=1e-3):
+        if not torch.allclose(second_turn_logits(family, model, rows, first=4), stock, atol=1e-3):
             skip_here("the stock model forgets its state where a later turn has several tokens")
     with insert_at(model, 3), torch.no_grad():
         whole = model(**family.batch(model, rows)).logits
-        later = in_two_turns(family, model, rows, first=4)
+        later = second_turn_logits(family, model, rows, first=4)
     torch.testing.assert_close(later, whole[:, 4:], atol=2e-5, rtol=2e-5)
 
 
 def test_dummies_never_follow_a_state(family, model):
-    """Rows of a batch with different numbers of words in the later turn: dummies would change the state."""
+    """Rows with different numbers of words in the later turn would need dummies, which change the state."""
     rows = [(4, 0, 3), (3, 1, 0, 7)]
     with insert_at(model, 3), pytest.raises(UnsupportedCacheError, match="recurrent state"):
-        in_two_turns(family, model, rows, first=4)
+        second_turn_logits(family, model, rows, first=4)
 
 
 @pytest.mark.parametrize("size", [2, 5])

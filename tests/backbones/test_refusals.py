@@ -1,4 +1,4 @@
-"""What cannot be done is refused with the reason and the remedy, and nothing stays behind."""
+"""Unsupported models and calls are refused with the reason and the remedy, and change no later forward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_refused_layer_leaves_the_model_stock():
         assert not model.model.language_model._forward_pre_hooks
 
 
-def test_a_failure_in_the_encoder_leaves_nothing_behind(llava):
+def test_a_failure_in_the_encoder_changes_no_later_forward(llava):
     inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
     tower = llava.model.vision_tower.register_forward_pre_hook(_out_of_memory)
     with pytest.raises(MemoryError):
@@ -54,6 +54,7 @@ def test_a_failure_in_the_encoder_leaves_nothing_behind(llava):
 
 
 def _out_of_memory(module, args):
+    """Fail as an encoder that does not fit into memory does."""
     raise MemoryError
 
 
@@ -108,26 +109,26 @@ def test_cross_attention():
 
 
 def test_convolutions_with_a_bias():
-    """A row alone and the same row beside a longer one would differ, as a dummy would not be zero."""
+    """A row would get other logits beside a longer one, since a dummy would not be zero."""
     with pytest.raises(UnsupportedModelError, match="short convolutions with a bias"):
         deep_insert(lfm2_vl(conv_bias=True), 1)
 
 
 def test_a_cache_that_cannot_skip(llava):
-    """A kind of cache layer that nothing is known of."""
+    """A cache layer of an unknown class is refused."""
 
-    class OwnLayer(DynamicLayer):
+    class UnknownLayer(DynamicLayer):
         pass
 
     inputs = FAMILIES["llava"].batch(llava, [(2, 0, 1)])
-    cache = Cache(layers=[OwnLayer() for _ in range(LAYERS)])
-    with pytest.raises(UnsupportedCacheError, match="OwnLayer"), insert_at(llava, 2):
+    cache = Cache(layers=[UnknownLayer() for _ in range(LAYERS)])
+    with pytest.raises(UnsupportedCacheError, match="UnknownLayer"), insert_at(llava, 2):
         logits_of(llava, inputs, past_key_values=cache)
     assert logits_of(llava, inputs).isfinite().all()
 
 
 def test_a_layer_called_by_itself(llava):
-    """Outside of its stack nothing says which rows wait: it must not run as the stock layer in silence."""
+    """Outside of its stack it is unknown which rows wait, and the layer must not silently run as stock."""
     layer = llava.get_decoder().layers[0]
     with pytest.raises(UnsupportedModelError, match="outside of its stack"), insert_at(llava, 2):
         layer(torch.zeros(1, 3, 32), position_embeddings=(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
@@ -143,7 +144,7 @@ def test_router_logits():
 
 
 def test_a_prompt_whose_rows_the_attention_numbers():
-    """Llama 4 scales queries from row `floor_scale` on; in a short layer a row has another number."""
+    """Llama 4 scales queries by row number from `floor_scale` on, which is wrong if rows are missing."""
     family = FAMILIES["llama4"]
     model = family.model()
     inputs = family.batch(model, only=0)

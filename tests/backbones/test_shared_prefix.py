@@ -1,7 +1,8 @@
-"""Branches of a shared prefix give what each text alone gives, at every insert layer, with less work."""
+"""Branches of a shared prefix give the logits of each text alone, at every insert layer, with less work."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ SHARING = [
     "aria",
     "mistral3",
 ]
-"""One of each kind: plain, tiles, 3-D positions, DeepStack, sounds, experts."""
+"""One family of each kind: plain, tiles, 3-D positions, DeepStack, sounds, experts."""
 
 REFUSING = {
     "gemma3": "attention masks of its own",
@@ -38,82 +39,86 @@ REFUSING = {
     "llama4": "scales with the number of a row",
     "florence2": "encoder-decoder",
 }
+"""Families that are refused, with a part of the message."""
 
 
 @pytest.fixture(scope="module")
-def shares():
-    """Families' models by name, each built once."""
-    made: dict = {}
+def model_of():
+    """Return a function that builds the model of a family once."""
+    models: dict = {}
 
     def model(name: str):
-        if name not in made:
+        if name not in models:
             with skipping_what_is_missing():
-                made[name] = deep_insert(FAMILIES[name].model())
-        return made[name]
+                models[name] = deep_insert(FAMILIES[name].model())
+        return models[name]
 
     return model
 
 
 def example(family: Family, model, row: int = 0):
-    """One unpadded row that ends in words: inputs, the length of its prefix, and the ids behind that."""
+    """Return the inputs of one unpadded row that ends in words, its prefix's length, and the ids after it."""
     inputs = family.batch(model, padding="right", only=row)
     length = int(family.multimodal(inputs["input_ids"])[0].nonzero().max()) + 1
     return inputs, length, inputs["input_ids"][0, length:]
 
 
 def two_texts(tail):
-    """The texts `tail` and one that differs from its second token on, as one tree of 2 n - 1 tokens."""
+    """Return a text that differs from `tail` after its first token, and both as a tree of 2 n - 1 tokens."""
     count = len(tail)
     other = torch.cat([tail[:1], tail[1:].flip(0) + 1])
     lower = torch.ones(count, count, dtype=torch.bool).tril()
-    seen = torch.block_diag(lower, lower[1:, 1:]).bool()
-    seen[count:, 0] = True
+    visible = torch.block_diag(lower, lower[1:, 1:]).bool()
+    visible[count:, 0] = True
     depth = torch.cat([torch.arange(count), torch.arange(1, count)])
-    own = torch.zeros(1, dtype=torch.long)
-    return other, Branches(own, torch.cat([tail, other[1:]])[None], depth[None], seen[None])
+    owner = torch.zeros(1, dtype=torch.long)
+    return other, Branches(owner, torch.cat([tail, other[1:]])[None], depth[None], visible[None])
 
 
 def check_branches(family: Family, model, row: int) -> None:
+    """Compare the logits of two texts behind a shared prefix with those of each text alone."""
     inputs, length, tail = example(family, model, row)
     other, branches = two_texts(tail)
     layers = list(range(family.deepest + 1))
     with torch.no_grad():
         shared = SharedPrefix(model, inputs, length, {})
-        found = {layer: shared.logits(states[0]) for layer, _, states in shared.run([branches], layers)}
+        logits = {layer: shared.logits(states[0]) for layer, _, states in shared.run([branches], layers)}
     for layer in layers:
         with insert_at(model, layer):
             first = logits_of(model, inputs)[0, length:]
             ids = torch.cat([inputs["input_ids"][:, :length], other[None]], dim=1)
             second = logits_of(model, {**inputs, "input_ids": ids})[0, length:]
-        torch.testing.assert_close(found[layer], torch.cat([first, second[1:]]), **TOLERANCE)
+        torch.testing.assert_close(logits[layer], torch.cat([first, second[1:]]), **TOLERANCE)
 
 
 @pytest.mark.parametrize("row", [0, 2], ids=["one image", "two images"])
 @pytest.mark.parametrize("name", SHARING)
-def test_branches_are_texts_alone(shares, name, row):
-    check_branches(FAMILIES[name], shares(name), row)
+def test_branches_equal_texts_alone(model_of, name, row):
+    check_branches(FAMILIES[name], model_of(name), row)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_every_family_shares_or_says_why_not(shares, name):
-    family, model = FAMILIES[name], shares(name)
+def test_every_family_shares_or_gives_the_reason(model_of, name):
+    family, model = FAMILIES[name], model_of(name)
     for row, parts in enumerate(family.rows):
         if 0 not in parts or parts[-1] < 2:
             continue
-        try:
+        with suppress(CannotShareError):
             check_branches(family, model, row)
-        except CannotShareError as error:
-            assert str(error)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSING))
-def test_what_depends_on_more_is_refused(shares, name):
-    family, model = FAMILIES[name], shares(name)
-    with pytest.raises(CannotShareError, match=REFUSING[name]), torch.no_grad():
-        inputs, length, tail = example(family, model)
+def test_models_whose_rows_depend_on_more_are_refused(model_of, name):
+    family, model = FAMILIES[name], model_of(name)
+    inputs, length, tail = example(family, model)
+
+    def run():
         shared = SharedPrefix(model, inputs, length, {})
         list(shared.run([two_texts(tail)[1]], [0, 1]))
+
+    with pytest.raises(CannotShareError, match=REFUSING[name]), torch.no_grad():
+        run()
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
@@ -127,21 +132,21 @@ def test_kinds_of_attention(attention):
 
 
 def test_sliding_windows_are_measured_in_the_full_sequence():
-    """Shorter than the prefix, so that texts no longer see how it begins."""
+    """The window is shorter than the prefix, so that texts do not attend to its beginning."""
     windowed = {"model_type": "mistral", "sliding_window": 4, **TEXT}
     config = LlavaConfig(text_config=windowed, vision_config=CLIP, image_token_id=PLACEHOLDER)
     family = replace(FAMILIES["llava"], build=lambda: LlavaForConditionalGeneration(config))
     check_branches(family, deep_insert(family.model()), 2)
 
 
-def test_texts_ahead_are_computed_once_and_change_nothing(shares):
-    family, model = FAMILIES["llava"], shares("llava")
+def test_leading_texts_are_computed_once_and_change_nothing(model_of):
+    family, model = FAMILIES["llava"], model_of("llava")
     inputs, length, tail = example(family, model)
     texts: dict = {}
     runs = []
-    for known in (texts, texts, {}):
+    for stored_texts in (texts, texts, {}):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            shared = SharedPrefix(model, inputs, length, known)
+            shared = SharedPrefix(model, inputs, length, stored_texts)
         runs.append((counter.get_total_flops(), shared))
     assert runs[1][0] < runs[0][0] == runs[2][0]
     assert len(texts) == 1
@@ -152,32 +157,32 @@ def test_texts_ahead_are_computed_once_and_change_nothing(shares):
     assert torch.equal(states[0], states[2])
 
 
-def test_layers_asked_for_together_change_no_bit(shares):
-    model = shares("llava")
+def test_layers_computed_together_change_no_bit(model_of):
+    model = model_of("llava")
     inputs, length, tail = example(FAMILIES["llava"], model)
     branches = [two_texts(tail)[1], two_texts(tail.flip(0))[1]]
 
-    def states(layers):
+    def states_at(layers):
         with torch.no_grad():
             shared = SharedPrefix(model, inputs, length, {})
-            return {(layer, index): found for layer, index, found in shared.run(branches, layers)}
+            return {(layer, index): states for layer, index, states in shared.run(branches, layers)}
 
-    every = states([0, 1, 2, 3, 4])
+    states_at_all = states_at([0, 1, 2, 3, 4])
     for layers in ([0], [4], [2, 3]):
-        for key, found in states(layers).items():
-            assert torch.equal(found, every[key])
+        for key, states in states_at(layers).items():
+            assert torch.equal(states, states_at_all[key])
 
 
-def test_a_model_is_itself_again_also_after_an_error(shares):
-    model = shares("llava")
+def test_a_model_is_unchanged_afterwards_also_after_an_error(model_of):
+    model = model_of("llava")
     inputs, length, tail = example(FAMILIES["llava"], model)
     before = logits_of(model, inputs)
     with torch.no_grad():
         shared = SharedPrefix(model, inputs, length, {})
         list(shared.run([two_texts(tail)[1]], [0, 2]))
-        own = torch.zeros(1, dtype=torch.long)
-        lonely = torch.ones(1, 1, 1, dtype=torch.bool)
-        wrong = Branches(own, tail[None], torch.arange(len(tail))[None], lonely)
+        owner = torch.zeros(1, dtype=torch.long)
+        mask_of_one = torch.ones(1, 1, 1, dtype=torch.bool)
+        wrong = Branches(owner, tail[None], torch.arange(len(tail))[None], mask_of_one)
         with pytest.raises((RuntimeError, ValueError)):
             list(shared.run([wrong], [2]))
         with pytest.raises(CannotShareError, match="last multimodal token"):
@@ -186,7 +191,7 @@ def test_a_model_is_itself_again_also_after_an_error(shares):
 
 
 def test_the_work_is_what_the_count_allows():
-    """Of a prefix with 576 features: N (N + 1) / 2 layers of it for all insert layers, whatever the texts."""
+    """The features run through N (N + 1) / 2 layers for all insert layers, however many texts there are."""
     from deepinsert.controller.performance.random_models import IMAGE_TOKEN, build_bench_model
 
     model = deep_insert(build_bench_model("bench-tiny"))
@@ -205,6 +210,6 @@ def test_the_work_is_what_the_count_allows():
             list(shared.run(branches, range(layers)))
             features = [count for count in rows if count == patches]
             assert len(features) == layers * (layers + 1) // 2
-            # Text alone through the layers below the deepest insert layer, then once for each insert layer.
+            # Text alone runs through the layers below the deepest insert layer, then once per insert layer.
             words = copies * (layers - 1 + layers * (layers + 1) // 2)
             assert len(rows) - len(features) == words

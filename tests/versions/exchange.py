@@ -1,9 +1,9 @@
-"""Writes a variant, an adapter, a policy and a reward table in a folder, or prints what they give.
+"""Writes a variant, an adapter, a policy and a reward table to a folder, or prints their results.
 
     python exchange.py write DATA FOLDER
     python exchange.py read DATA FOLDER
 
-Run under two versions of transformers by `test_between_versions.py`. The last line printed is JSON.
+`test_between_versions.py` runs it under two versions of transformers. Its last printed line is JSON.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ from deepinsert.envs.rewards.table import RewardTable
 
 
 def write(data: Path, folder: Path) -> None:
-    asked = ["--data", str(data), "--fraction", "0.3", "--backbone", "tiny"]
+    """Run the commands that write to `folder`, on the prompts of the file `data`."""
+    prompts = ["--data", str(data), "--fraction", "0.3", "--backbone", "tiny"]
     run = ["--steps", "3", "--batch-size", "4", "--global-batch-size", "4"]
-    cli.main(["finetune", *asked, *run, "--insert-layer", "3", "--out", str(folder / "variant")])
-    cli.main(["sweep", *asked, "--insert-layers", "0,3,7", "--out", str(folder / "sweep")])
+    cli.main(["finetune", *prompts, *run, "--insert-layer", "3", "--out", str(folder / "variant")])
+    cli.main(["sweep", *prompts, "--insert-layers", "0,3,7", "--out", str(folder / "sweep")])
     table = ["--table", str(folder / "sweep" / "table"), "--steps", "600", "--algorithm", "full-info"]
-    cli.main(["train-policy", *asked, *table, "--insert-layers", "0,3,7", "--out", str(folder / "policy")])
+    cli.main(["train-policy", *prompts, *table, "--insert-layers", "0,3,7", "--out", str(folder / "policy")])
 
 
 def read(data: Path, folder: Path) -> dict[str, Any]:
-    """What each part gives, or the one line with which it is refused."""
+    """Return the results of each part, or the message with which it is refused."""
     prompts = prompts_from(load_instructions(data))[:4]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for part in ("checkpoint", "adapter"):
         try:
             backbone = load_backbone(folder / "variant" / part, device="cpu")
         except OSError as error:
-            found[part] = str(error)
+            results[part] = str(error)
             continue
         inputs = encode(backbone.processor, prompts)
         with torch.no_grad():
             logits = backbone.model(**inputs).logits[inputs["labels"] != -100]
-        found[part] = [backbone.insert_layer, logits.float().mean(0).tolist()]
+        results[part] = [backbone.insert_layer, logits.float().mean(0).tolist()]
     tiny = load_backbone("tiny", device="cpu")
     policy = LayerPolicy.load(folder / "policy", tiny)
-    found["policy"] = policy.probabilities(policy.observation(tiny, prompts, 4)).tolist()
+    results["policy"] = policy.probabilities(policy.observation(tiny, prompts, 4)).tolist()
     table = RewardTable.load(folder / "sweep" / "table")
-    found["table"] = table.losses.tolist()
-    return found
+    results["table"] = table.losses.tolist()
+    return results
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python tests/versions/matrix.py 5.24.0      one version
     python tests/versions/matrix.py --here      the versions of torch, Python and transformers in use
 
-What a run found replaces what `docs/versions.json` said of the same versions; the page is made of all.
+A run replaces the entry of the same versions in `docs/versions.json`. The page shows all entries.
 """
 
 from __future__ import annotations
@@ -32,10 +32,17 @@ EVERY = (
     *("5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2"),
     *("5.21.1", "5.22.2", "5.23.0", "5.24.0"),
 )
-"""The last release of each minor version."""
+"""The last release of each minor version, which `--every` runs."""
 
 DAILY = ("5.0.0", "5.4.0", "5.8.1", "5.12.1", "5.16.1", "5.20.2", "5.22.2", "5.23.0", "5.24.0")
-CORE = ("tests/backbones/test_insertion.py", "tests/backbones/test_caches.py", "tests/versions")
+CORE = (
+    "tests/backbones/test_insertion.py",
+    "tests/backbones/test_decoding.py",
+    "tests/backbones/test_model_inputs.py",
+    "tests/backbones/test_model_tools.py",
+    "tests/backbones/test_caches.py",
+    "tests/versions",
+)
 EXACT = (
     *CORE,
     "tests/backbones/test_models.py",
@@ -44,7 +51,7 @@ EXACT = (
     "tests/backbones/test_loading.py",
     "tests/backbones/test_tiny.py",
 )
-WAY = (
+PIPELINE = (
     "tests/envs/test_prompts.py",
     "tests/envs/test_rewards.py",
     "tests/controller/policy/test_sweep.py",
@@ -55,13 +62,16 @@ RESULTS, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 
 
 def run(surroundings: dict[str, str], files: tuple[str, ...]) -> dict[str, object]:
-    """What a run of the tests in `files` found: counts, families, reasons of what was skipped."""
+    """Run the tests in `files`; return the counts, the families, and the reasons of skipped tests.
+
+    `surroundings` are the environment variables, which choose the version of transformers.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-n", "2", "--dist", "worksteal", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
         command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *files]
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        subprocess.run(command, env=surroundings | quiet, cwd=ROOT, check=False)
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run(command, env=surroundings | settings, cwd=ROOT, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     outcomes: Counter[str] = Counter()
     families: dict[str, bool] = {}
@@ -91,24 +101,25 @@ def run(surroundings: dict[str, str], files: tuple[str, ...]) -> dict[str, objec
 
 
 def main() -> int:
+    """Run the versions of the command line; return 0 if no test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("versions", nargs="*")
-    parser.add_argument("--every", action="store_true", help="every minor release")
-    parser.add_argument("--oldest", action="store_true", help="the oldest version, core tests only")
-    parser.add_argument("--here", action="store_true", help="the versions that are installed")
+    parser.add_argument("--every", action="store_true", help="run every minor release")
+    parser.add_argument("--oldest", action="store_true", help="run the core tests under the oldest version")
+    parser.add_argument("--here", action="store_true", help="run the installed versions")
     options = parser.parse_args()
     if options.oldest:
-        return int(run(environment(EVERY[0]), (*CORE, *WAY))["failed"] != 0)
-    named = options.versions or (EVERY if options.every else DAILY)
+        return int(run(environment(EVERY[0]), (*CORE, *PIPELINE))["failed"] != 0)
+    versions = options.versions or (EVERY if options.every else DAILY)
     failed = 0
-    for name in [version("transformers")] if options.here else named:
+    for name in [version("transformers")] if options.here else versions:
         print(f"transformers {name}", flush=True)
         surroundings = {**os.environ, "PYTHONPATH": str(ROOT)} if options.here else environment(name)
-        result = {"transformers": name} | run(surroundings, (*EXACT, *WAY))
-        known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-        known[f"{name}, torch {result['torch']}, Python {result['python']}"] = result
-        RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
-        PAGE.write_text(page(list(known.values())), "utf-8")
+        result = {"transformers": name} | run(surroundings, (*EXACT, *PIPELINE))
+        results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+        results[f"{name}, torch {result['torch']}, Python {result['python']}"] = result
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
+        PAGE.write_text(page(list(results.values())), "utf-8")
         failed += int(result["failed"])
     return int(failed != 0)
 

@@ -69,7 +69,7 @@ def _skipped(runs: Sequence[dict[str, Any]]) -> list[str]:
     for run in runs:
         for reason, names in run["reasons"].items():
             for name in names:
-                if re.search("[a-z]", name):  # other parameters of a test name nothing
+                if re.search("[a-z]", name):  # a parameter without letters names no family or test
                     cell = " ".join(reason[:160].replace("|", "\\|").split())
                     subject = cell, name.removeprefix("test_")
                     places.setdefault(subject, set()).add(versions.index(run["transformers"]))
@@ -97,4 +97,5 @@ def _ranges(indices: Sequence[int], versions: Sequence[str]) -> str:
 
 
 def _number(version: str) -> list[int]:
+    """Return the parts of a version as numbers, for sorting."""
     return [int(part) for part in version.split(".")]

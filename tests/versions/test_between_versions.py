@@ -1,7 +1,7 @@
-"""What is written under one version of transformers is read under another, with the same numbers.
+"""Files written under one version of transformers are read under another, with the same numbers.
 
-Both versions must be installed beside the environment, as `make test-oldest` and `make test-versions` do; the
-tests run under the oldest.
+Both versions must be installed beside the environment, as `make test-oldest` and `make test-versions` do. The
+tests run under the oldest version.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(version: str, job: str, *places: Path) -> Any:
+    """Run `exchange.py` under a version of transformers, and return the JSON of its last line."""
     surroundings = environment(version) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), job, *map(str, places)]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process = subprocess.run(command, env=surroundings, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize(("writes", "reads"), [(OLDEST, NEWEST), (NEWEST, OLDEST)])
-def test_both_read_what_either_wrote(writes, reads, rendered_data, tmp_path):
+def test_each_version_reads_the_files_of_the_other(writes, reads, rendered_data, tmp_path):
     run(writes, "write", rendered_data, tmp_path)
-    here, there = (run(version, "read", rendered_data, tmp_path) for version in (writes, reads))
+    results, other_results = (run(version, "read", rendered_data, tmp_path) for version in (writes, reads))
     for part in ("checkpoint", "adapter", "policy", "table"):
-        assert not isinstance(here[part], str), here[part]
-        np.testing.assert_allclose(_numbers(there[part]), _numbers(here[part]), atol=1e-5)
-    assert here["adapter"][0] == here["checkpoint"][0] == 3
+        assert not isinstance(results[part], str), results[part]
+        np.testing.assert_allclose(_numbers(other_results[part]), _numbers(results[part]), atol=1e-5)
+    assert results["adapter"][0] == results["checkpoint"][0] == 3
 
 
 def _numbers(entry: Any) -> np.ndarray:
-    """The numbers in nested lists, in their order."""
+    """Return the numbers in nested lists, in their order."""
     if not isinstance(entry, list):
         return np.array([entry], dtype=float)
     return np.concatenate([_numbers(each) for each in entry])
