@@ -1,7 +1,7 @@
-"""Every model family that the suite tries, and those that must be refused.
+"""All model families that the suite tries, and the model types that must be refused.
 
-A module of this package holds families that are built alike, as `FAMILIES`, and model types that cannot work,
-as `REFUSED`.
+Each module of this package holds similar families, as `FAMILIES`, and model types that cannot work, as
+`REFUSED`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .family import (
 )
 
 _MODULES = [
-    import_module(f"{__name__}.{found.name}")
-    for found in pkgutil.iter_modules(__path__)
-    if found.name != "family"
+    import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.iter_modules(__path__)
+    if module.name != "family"
 ]
 
 FAMILIES: dict[str, Family] = {

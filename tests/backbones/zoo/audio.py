@@ -167,7 +167,7 @@ def _windowed(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _halved(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Two mel frames a token: four tokens or three."""
+    """Two mel frames per token, so four tokens or three."""
     frames = [8 - 2 * (seed % 2) for seed in flat(seeds)]
     features = torch.stack([noise(seed, 8, MELS) for seed in flat(seeds)])
     mask = torch.stack([(torch.arange(8) < count).long() for count in frames])
@@ -176,7 +176,7 @@ def _halved(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _waves(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Four samples a token, a rest filled up: five tokens or four, between marks of begin and end."""
+    """Four samples per token, padded to full tokens: five tokens or four, between marks of begin and end."""
     samples = [20 - 6 * (seed % 2) for seed in flat(seeds)]
     mask = torch.stack([torch.arange(20) < count for count in samples])
     values = torch.stack([noise(seed, 1, 20) for seed in flat(seeds)]) * mask[:, None]
@@ -206,7 +206,7 @@ def _phi4_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _phi4_sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Four mel frames a token: four tokens or three."""
+    """Four mel frames per token, so four tokens or three."""
     counts = [4 - seed % 2 for seed in flat(seeds)]
     inputs = {
         "audio_input_features": torch.stack([noise(seed, 16, MELS) for seed in flat(seeds)]),

@@ -43,7 +43,7 @@ QFORMER: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 WITH_IMAGES = ((3, 0, 4), (1, 0), (2, 0, 3, 0, 2), (0, 6))
-"""The forward insists on pixel values: no row without an image."""
+"""The forward needs pixel values, so every row has an image."""
 
 PADDING_COUNTED = (
     "with a cache the stock model counts padding in the positions of new tokens, without it does not"
@@ -149,7 +149,7 @@ def _instructed(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _instructed_videos(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Videos of two frames, three query tokens a frame."""
+    """Videos of two frames, three query tokens per frame."""
     videos = [noise(seed, 2, 3, 16, 16) for seed in flat(seeds)]
     inputs = {"pixel_values": torch.stack(videos)} | _instruction(seeds)
     return Media(inputs, [[PLACEHOLDER] * (2 * QUERIES) for _ in videos])
@@ -166,7 +166,7 @@ def _patches(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _position_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Kosmos-2 knows no placeholder token: its processor hands the positions over as a mask."""
+    """Kosmos-2 has no placeholder token; its processor passes the positions as a mask."""
     return inputs | {"image_embeds_position_mask": (inputs["input_ids"] == PLACEHOLDER).long()}
 
 

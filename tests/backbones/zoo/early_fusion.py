@@ -93,7 +93,7 @@ def _llama4() -> PreTrainedModel:
 
 
 def _coded_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Images of 16 x 16 or 16 x 8 pixels, in a frame of 16 x 16: a token a piece, and one a line's end."""
+    """Images of 16 x 16 or 16 x 8 pixels, framed as 16 x 16: one token per piece and per end of a line."""
     wide = [16 - 8 * (seed % 2) for seed in flat(seeds)]
     inputs = {
         "pixel_values": torch.stack([noise(seed, 3, 16, 16) for seed in flat(seeds)]),

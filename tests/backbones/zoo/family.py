@@ -1,7 +1,7 @@
-"""A small model of a real family, built from its configuration with random weights, and batches for it.
+"""Small models of real families, built from their configurations with random weights, and their batches.
 
-A family says how to build its model and what its images, videos or sounds become: model inputs and a run of
-prompt tokens each. Everything else, padding and placing those runs among the words included, is shared.
+A family defines how its model is built, and what its images, videos or sounds become: model inputs, and a run
+of prompt tokens each. Everything else is shared, also padding and placing these runs among the words.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
-"""What most text configurations take."""
+"""Settings that most text configurations take."""
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -60,7 +60,7 @@ VISION: dict[str, Any] = {
 }
 
 Row = Sequence[int]
-"""(3, 0, 4) is three words, an image (video, sound), four words."""
+"""The parts of a row: (3, 0, 4) is three words, one image (video, sound), and four words."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ NO_MEDIA = Media({}, [])
 
 @dataclass(frozen=True)
 class Family:
-    """`media(model, seeds)` makes images: `seeds` has a list for each row of the batch, a seed an image.
+    """A model family.
 
-    The same seed must always give the same image, so that a row alone can be compared with the same row in a
-    batch. It returns `NO_MEDIA` where no row has an image.
+    `media(model, seeds)` makes its images. `seeds` has one list per row of the batch, with one seed for each
+    image. The same seed must always give the same image, so that a row alone can be compared with the same
+    row in a batch. If no row has an image, it returns `NO_MEDIA`.
     """
 
     name: str
@@ -92,25 +93,26 @@ class Family:
     placeholders: frozenset[int] = frozenset({PLACEHOLDER})
     """Prompt token ids whose positions hold features."""
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
-    """Adds the inputs that follow from ids and mask, such as `mm_token_type_ids`."""
+    """A function that adds the inputs that follow from ids and mask, such as `mm_token_type_ids`."""
     scale: float = 4.0
-    """Factor on the initial matrices: large, so that a wrong row shows in the logits."""
+    """The factor on the initial matrices; it is large, so that a wrong row shows in the logits."""
     rows: tuple[Row, ...] = ((3, 0, 4), (5,), (2, 0, 3, 0, 2), (0, 6))
-    """A ragged batch with one, no and two images; another where the family cannot have that one."""
+    """A ragged batch with one, no and two images, or another batch if the family cannot have this one."""
     deepest: int = LAYERS
     """The deepest insert layer that is allowed."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Promises that the stock model itself does not keep, with the reason; see `test_models.py`."""
     pads_right: str = ""
-    """Why rows are padded on the right only: what the stock model gets wrong with padding on the left."""
+    """Why rows are padded on the right only: the error of the stock model with padding on the left."""
     generates_alone: str = ""
-    """Why rows generate one by one: what the stock model gets wrong in a padded batch."""
+    """Why rows generate one by one: the error of the stock model in a padded batch."""
     broken_in: str = ""
     """The version of transformers, if it is the pinned one, in which the stock model does not work."""
     remark: str = ""
-    """What insertion means in this family, where that is not obvious; goes to `docs/models.md`."""
+    """A remark for `docs/models.md`, such as what insertion means in this family."""
 
     def model(self, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+        """Build the stock model, or skip the test if this version of transformers cannot run it."""
         torch.manual_seed(seed)
         with skipping_what_is_missing():
             model = self.build().eval()
@@ -120,8 +122,8 @@ class Family:
             for weight in model.parameters():
                 if weight.ndim >= 2:
                     weight.mul_(self.scale)
-        # Random weights may say the end token or a placeholder; generation tests want words, all of them.
-        # A language model inside may be the one that generates.
+        # Random weights may generate the end token or a placeholder, but generation tests need words only. In
+        # some models it is the inner language model that generates.
         for part in model.modules():
             if isinstance(getattr(part, "generation_config", None), GenerationConfig):
                 part.generation_config.eos_token_id = None
@@ -143,18 +145,26 @@ class Family:
         only: int | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """Model inputs for `rows`; with `only`, for that row alone, the same words and images unpadded."""
+        """Return the model inputs of a batch.
+
+        Args:
+            model: The family's model.
+            rows: The rows; None means those of the family.
+            padding: "left" or "right".
+            only: The index of a row to return alone, with the same words and images, unpadded.
+            seed: The seed of the words and images.
+        """
         rows = self.rows if rows is None else rows
         padding = "right" if self.pads_right else padding
-        chosen = range(len(rows)) if only is None else [only]
+        indices = range(len(rows)) if only is None else [only]
         seeds = [
             [1000 * seed + 100 * row + place for place, part in enumerate(rows[row]) if part == 0]
-            for row in chosen
+            for row in indices
         ]
         media = self.media(model, seeds) if any(seeds) else NO_MEDIA
         pending = iter(media.tokens)
         sequences = []
-        for row in chosen:
+        for row in indices:
             words = torch.Generator().manual_seed(1000 * seed + row)
             ids: list[int] = []
             for part in rows[row]:
@@ -165,30 +175,34 @@ class Family:
             sequences.append(ids)
         inputs = _pad(sequences, padding) | media.inputs
         inputs = inputs if self.finish is None else self.finish(inputs)
-        # Older versions tell the types of tokens from their ids.
-        taken = inspect.signature(type(model).forward).parameters
-        return {name: each for name, each in inputs.items() if name in taken or "token_type_ids" not in name}
+        # Older versions derive the types of tokens from their ids.
+        arguments = inspect.signature(type(model).forward).parameters
+        return {
+            name: each for name, each in inputs.items() if name in arguments or "token_type_ids" not in name
+        }
 
     def multimodal(self, ids: Tensor) -> Tensor:
-        """(B, S) bool: the positions that hold features."""
+        """Return the positions (B, S), bool, that hold features."""
         return torch.isin(ids, torch.tensor(sorted(self.placeholders)))
 
 
 _STOCK_ERRORS: dict[str, str] = {}
-"""By family: what is wrong with the stock model in this version of transformers; empty where nothing is."""
+"""The error of the stock model in this version of transformers, by family; empty if there is none."""
 
 
 def _stock_error(family: Family, model: PreTrainedModel) -> str:
-    """Why nothing can be promised of the stock model: it fails, or gives a row other logits in a batch, or
-    with eager attention, which the reference uses."""
+    """Return why the stock model cannot be compared with; an empty string if it can.
+
+    It may fail, or give a row other logits in a batch or with eager attention, which the reference uses.
+    """
     try:
         inputs = family.batch(model)
-        strange = set(inputs) - set(inspect.signature(type(model).forward).parameters)
-        if strange:
-            return f"the stock model takes no {', '.join(sorted(strange))}"
+        unknown = set(inputs) - set(inspect.signature(type(model).forward).parameters)
+        if unknown:
+            return f"the stock model takes no {', '.join(sorted(unknown))}"
         together = logits_of(model, inputs)
-        shown = ("pixel_values", "input_features")
-        others = {name: 2 * each for name, each in inputs.items() if name in shown}
+        media_names = ("pixel_values", "input_features")
+        others = {name: 2 * each for name, each in inputs.items() if name in media_names}
         if others and torch.equal(together, logits_of(model, inputs | others)):
             return f"the stock model ignores {', '.join(others)}"
         plain = copy.deepcopy(model)
@@ -205,12 +219,13 @@ def _stock_error(family: Family, model: PreTrainedModel) -> str:
 
 
 def _in_a_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def skip_here(reason: str) -> None:
-    """Skip the test by name, unless this is the version that the suite is pinned to: there all must work."""
+    """Skip the test with a reason; under the pinned version of transformers, let it fail instead."""
     reason = f"transformers {transformers.__version__}: {reason}"
     if transformers.__version__ == PINNED:
         pytest.fail(reason)
@@ -219,7 +234,7 @@ def skip_here(reason: str) -> None:
 
 @contextmanager
 def skipping_what_is_missing() -> Iterator[None]:
-    """Skips the test where this version of transformers does not have the model type, or not this form."""
+    """Skip the test if this version of transformers lacks the model type, or this form of it."""
     try:
         yield
     except UnsupportedModelError as error:
@@ -235,18 +250,20 @@ def skipping_what_is_missing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Refused:
-    """A model type that `deep_insert` refuses: `reason` is a part of what the error says."""
+    """A model type that `deep_insert` refuses; `reason` is a part of the error's message."""
 
     name: str
     build: Callable[[], PreTrainedModel]
     reason: str
 
     def model(self) -> PreTrainedModel:
+        """Build the model, or skip the test if this version of transformers lacks it."""
         with skipping_what_is_missing():
             return self.build()
 
 
 def _pad(sequences: list[list[int]], padding: str) -> dict[str, Tensor]:
+    """Return the ids and the attention mask (B, S) of sequences padded on the side `padding`."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), PAD)
     mask = torch.zeros_like(ids)
@@ -258,29 +275,29 @@ def _pad(sequences: list[list[int]], padding: str) -> dict[str, Tensor]:
 
 
 def noise(seed: int, *shape: int) -> Tensor:
-    """The same random tensor for the same seed: one image, one sound."""
+    """Return a random tensor, the same for the same seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def flat(seeds: list[list[int]]) -> list[int]:
-    """The seeds of all images of the batch, in order."""
+    """Return the seeds of all images of the batch, in order."""
     return [seed for row in seeds for seed in row]
 
 
 def token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`finish` for families that want to be told the image tokens: 1 there, 0 elsewhere."""
+    """Add token types: 1 for image tokens, 0 for others. Some families need it as `finish`."""
     return inputs | {"mm_token_type_ids": (inputs["input_ids"] == PLACEHOLDER).long()}
 
 
 def forget_the_last_batch(model: Any) -> None:
-    """Qwen-VL models of 5.2 and 5.3 place a batch without images as the one before it."""
+    """Reset the rotary offsets: Qwen-VL models of 5.2 and 5.3 use them again for a batch without images."""
     for part in model.modules():
         if getattr(part, "rope_deltas", None) is not None:
             part.rope_deltas = None
 
 
 def logits_of(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
-    """(B, S, V) logits of one forward without gradients."""
+    """Return the logits (B, S, V) of one forward without gradients."""
     if not options:
         forget_the_last_batch(model)
     with torch.no_grad():
@@ -290,8 +307,10 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Tenso
 def skip_where_stock_differs(
     model: Any, inputs: Mapping[str, Tensor], other: dict[str, Any], **options: Any
 ) -> None:
-    """Skip where the stock model generates other tokens with the options `other` than without, or fails:
-    to 5.22 images are lost when a prompt is computed in chunks, and to 5.16 beams of some models fail."""
+    """Skip the test if the stock model fails, or generates other tokens with the options `other`.
+
+    Up to 5.22, images are lost if a prompt is computed in chunks; up to 5.16, beams of some models fail.
+    """
     tokens = []
     try:
         for each in ({}, other):
@@ -304,7 +323,7 @@ def skip_where_stock_differs(
         skip_here(f"the stock model generates other tokens with {other}")
 
 
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    """Logits that are the same but for rounding: to 5e-5 of the largest one, in float32."""
+def assert_close(logits: Tensor, expected: Tensor) -> None:
+    """Check that logits are equal up to rounding in float32: to 5e-5 of the largest one."""
     largest = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(got, expected, atol=5e-5 * largest, rtol=2e-5)
+    torch.testing.assert_close(logits, expected, atol=5e-5 * largest, rtol=2e-5)

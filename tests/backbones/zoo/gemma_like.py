@@ -1,4 +1,4 @@
-"""The Gemma families of images: a SigLIP tower, prompts whose images are seen in both directions."""
+"""The Gemma families of images: a SigLIP tower, with bidirectional attention within images."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def _paligemma() -> PreTrainedModel:
 
 
 def typed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the processor says of each token: 1 for an image's, 0 for others."""
+    """Add the token types that the processor gives: 1 for image tokens, 0 for others."""
     return inputs | {"token_type_ids": (inputs["input_ids"] == PLACEHOLDER).long()}
 
 
 def _prefixed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A prompt is all prefix, which sees itself in both directions."""
+    """Mark the whole prompt as prefix, whose tokens attend to each other in both directions."""
     return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
 

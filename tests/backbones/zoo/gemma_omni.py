@@ -178,7 +178,7 @@ def _sounds(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _waves(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Sounds of six or four stretches of a wave, a token each."""
+    """Sounds of six or four stretches of a wave, one token each."""
     counts = [6 - 2 * (seed % 2) for seed in flat(seeds)]
     mask = torch.stack([torch.arange(6) < count for count in counts])
     features = torch.stack([noise(seed, 6, 16) for seed in flat(seeds)])

@@ -67,7 +67,7 @@ def _granite4_vision() -> PreTrainedModel:
 
 
 def _split_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Images of one or two tiles of 16 x 16 pixels, four tokens a tile, each between two others."""
+    """Images of one or two tiles of 16 x 16 pixels, four tokens per tile, each between two others."""
     tiles = tiles_of(seeds)
     most = max(map(len, tiles))
     mask = torch.tensor([[place < len(own) for place in range(most)] for own in tiles])

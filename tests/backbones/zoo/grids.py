@@ -76,6 +76,6 @@ def patched(
 
 
 def modalities(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`finish` for families that want to be told what each token is: 0 text, 1 image, 2 video."""
+    """Add token types: 0 for text, 1 for an image, 2 for a video. Some families need it as `finish`."""
     ids = inputs["input_ids"]
     return inputs | {"mm_token_type_ids": (ids == PLACEHOLDER).long() + 2 * (ids == VIDEO).long()}

@@ -14,7 +14,7 @@ AROUND = PLACEHOLDER + 1
 
 TEXT_OF_IMAGES = {"model_type": "llama", **TEXT}
 SHORTENED = {**VISION, "patch_size": 4}
-"""A tower whose 16 patches an image become four tokens by a pixel shuffle."""
+"""A tower whose 16 patches per image become four tokens by a pixel shuffle."""
 
 
 def _idefics2() -> PreTrainedModel:
@@ -68,7 +68,7 @@ def _masked_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def tiles_of(seeds: list[list[int]]) -> list[list[Tensor]]:
-    """The tiles of each row's images, one or two an image."""
+    """The tiles of each row's images, one or two per image."""
     return [
         [noise(10_000 * tile + seed, 3, 16, 16) for seed in row for tile in range(1 + seed % 2)]
         for row in seeds
@@ -76,7 +76,7 @@ def tiles_of(seeds: list[list[int]]) -> list[list[Tensor]]:
 
 
 def _split_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Images of one or two tiles of 16 x 16 pixels, four tokens a tile, each between two others."""
+    """Images of one or two tiles of 16 x 16 pixels, four tokens per tile, each between two others."""
     tokens = [([AROUND] + [PLACEHOLDER] * 4) * (1 + seed % 2) + [AROUND] for seed in flat(seeds)]
     return Media({"pixel_values": listed(tiles_of(seeds))}, tokens)
 

@@ -78,7 +78,7 @@ def _padded_patches(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _grids(seeds: list[list[int]], frames: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Patches and grids of 4 x 4 or 4 x 8 patches a frame, and the tokens that 2 x 2 merged patches give."""
+    """Patches and grids of 4 x 4 or 4 x 8 patches per frame, and the tokens of 2 x 2 merged patches."""
     grids = [(frames, 4, 4 + 4 * (seed // 100 % 2)) for seed in flat(seeds)]
     pairs = zip(flat(seeds), grids, strict=True)
     pixels = [noise(seed, t * rows * columns, 3 * 2 * 4 * 4) for seed, (t, rows, columns) in pairs]

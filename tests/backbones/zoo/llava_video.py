@@ -73,12 +73,12 @@ def _frames(seeds: list[list[int]], tokens: int) -> Media:
 
 
 def _pooled_frames(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Videos of three frames, a token each."""
+    """Videos of three frames, one token each."""
     return _frames(seeds, 3)
 
 
 def _ended_frames(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Videos of three frames, a token each, and a newline feature."""
+    """Videos of three frames, one token each, and a newline feature."""
     return _frames(seeds, 4)
 
 
@@ -97,7 +97,7 @@ def _patches(grids: list[tuple[int, int, int]], seeds: list[int]) -> Tensor:
 
 
 def _any_size_images(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Images of 2 x 2 or 2 x 4 patches, a token each."""
+    """Images of 2 x 2 or 2 x 4 patches, one token each."""
     grids = [(1, 2, 2 + 2 * (seed % 2)) for seed in flat(seeds)]
     inputs = {
         "pixel_values": _patches(grids, flat(seeds)),

@@ -71,7 +71,7 @@ def _pooled(first: int, crops: int) -> Tensor:
 
 
 def _crops(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Images seen as a whole, and every second one in a further crop: four tokens each."""
+    """Images as a whole, and every second one with a further crop: four tokens each."""
     counts = [1 + seed % 2 for seed in flat(seeds)]
     pixels = [noise(seed, 1 + seed % 2, 16, 48) for seed in flat(seeds)]
     firsts = [16 * sum(counts[:image]) for image in range(len(counts))]

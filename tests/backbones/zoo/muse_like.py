@@ -77,7 +77,7 @@ def _spark() -> PreTrainedModel:
 
 
 def _videos(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Videos of one or two times 4 x 4 patches, four tokens a time."""
+    """Videos of one or two times 4 x 4 patches, four tokens per time step."""
     grids = [(1 + seed % 2, 4, 4) for seed in flat(seeds)]
     pixels = [noise(seed, 16 * times, 96) for seed, (times, _, _) in zip(flat(seeds), grids, strict=True)]
     inputs = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(grids)}
@@ -85,7 +85,7 @@ def _videos(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _waves(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Sounds of 48 or 30 samples, a token for eight."""
+    """Sounds of 48 or 30 samples, one token per eight."""
     counts = [48 - 18 * (seed % 2) for seed in flat(seeds)]
     mask = torch.stack([(torch.arange(48) < count).long() for count in counts])
     values = torch.stack([noise(seed, 48) for seed in flat(seeds)]) * mask

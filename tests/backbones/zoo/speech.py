@@ -161,7 +161,7 @@ def _whole(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
 
 
 def _stacked(model: PreTrainedModel, seeds: list[list[int]]) -> Media:
-    """Two mel frames stacked in a row of features, a token each: six tokens.
+    """Two mel frames stacked in a row of features, one token each: six tokens.
 
     No shorter sound among longer ones: the stock adaptor's attention has no name unless one was set, and then
     adds its padding mask of True and False to the scores, so that sdpa and eager are different models.
