@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from deepinsert.controller.answers.greedy import greedy_correctness
 from deepinsert.controller.option_checks import parse_layers, parse_shard
 from deepinsert.controller.options import SweepOptions
 from deepinsert.controller.prompt_selection import read_data
-from deepinsert.controller.runs.folder import read_result, same_run, start_run, write_result
+from deepinsert.controller.runs.command import run_command
 from deepinsert.controller.runs.processes import Processes
 from deepinsert.envs.prompts import Prompt, prompts_from
 from deepinsert.envs.rewards.keys import shards_of
@@ -49,35 +50,31 @@ def run(options: SweepOptions) -> dict[str, Any]:
 
     With `--shard i/n`, or under `torchrun` or `accelerate launch`, each of n processes computes a part of the
     shards; they share only the folder. The process that finds all shards done writes the result; the others
-    report what is missing and return `{"missing": cells}`.
+    print which shards are missing and return an empty result.
 
     Raises:
         ValueError: if the folder contains another run, or an option cannot be used.
         DatasetError: if the data cannot be used.
     """
+    parse_shard(options.shard)
+    return run_command(options, partial(sweep_shards, options), summary, growing=GROWING)
+
+
+def sweep_shards(options: SweepOptions, out: Path) -> dict[str, Any] | None:
+    """Compute this process's shards; return the result, or None if other shards are missing."""
     processes = Processes.from_environment()
-    share = parse_shard(options.shard) or (processes.rank, processes.world_size)
-    for name, value in (("--batch-size", options.batch_size), ("--batch-tokens", options.batch_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} {value}: give at least 1")
-    finished = same_run(options) and (Path(options.out) / "result.json").is_file()
-    out = start_run(options, GROWING)
-    if finished:
-        result = read_result(out)
-        print(summary(result))
-        return result
-    (out / "result.json").unlink(missing_ok=True)  # its options differ
+    part, parts = parse_shard(options.shard) or (processes.rank, processes.world_size)
     backbone = load_backbone(options.backbone, device=device_of(options), dtype=options.dtype)
     layers = parse_layers(options.insert_layers, backbone.num_layers)
     data = read_data(options)
     sweep = make_sweep(options, backbone, prompts_from(data, per="turn"), layers)
     table = sweep.table
-    undone = sweep.run(*share, options.shard_prompts)
+    undone = sweep.run(part, parts, options.shard_prompts)
     if table.unshared_reason:
         print(f"Questions ran by themselves, sharing no prefix: {table.unshared_reason}", file=sys.stderr)
     if undone:
         print(undone, file=sys.stderr)
-        return {"missing": sweep.count_missing()}
+        return None
     result = {
         "insert_layers": list(layers),
         "num_layers": backbone.num_layers,
@@ -86,8 +83,6 @@ def run(options: SweepOptions) -> dict[str, Any]:
         "table_digest": table.digest,
     }
     plot(result, out / "sweep.png")
-    write_result(out, result)
-    print(summary(result))
     return result
 
 
@@ -198,9 +193,8 @@ class Sweep:
         """Return which answers of the prompts `rows` have yet to be graded, (rows, K)."""
         return np.isnan(self.table.correct[rows]) & np.isin(self.table.insert_layers, self.graded_layers)
 
-    def count_missing(self, rows: NDArray[np.int64] | None = None) -> int:
-        """Return how many losses and grades are missing, of some prompts or of all."""
-        rows = np.arange(len(self.table)) if rows is None else rows
+    def count_missing(self, rows: NDArray[np.int64]) -> int:
+        """Return how many losses and grades of the prompts `rows` are missing."""
         return int(np.isnan(self.table.losses[rows]).sum() + self.ungraded(rows).sum())
 
 

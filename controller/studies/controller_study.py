@@ -33,7 +33,7 @@ from deepinsert.controller.options import (
 from deepinsert.controller.policy.recommend import run as run_recommend
 from deepinsert.controller.policy.recommend import summary as recommend_summary
 from deepinsert.controller.policy.sweep import run as run_sweep
-from deepinsert.controller.policy.sweep import summary as sweep_summary
+from deepinsert.controller.policy.sweep_figures import summary as sweep_summary
 from deepinsert.controller.prompt_selection import read_data
 from deepinsert.controller.runs.atomic_files import atomic_file, write_json
 from deepinsert.controller.runs.folder import read_result, start_run, write_result

@@ -1,4 +1,4 @@
-"""Reward tables on disk: whole or absent, appendable, the same bits, and nothing in them is run."""
+"""Reward tables on disk: files are whole or absent, can be added, keep all bits, and run no code."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LAYERS = (0, 3, 8)
 
 @pytest.fixture(scope="module")
 def prompts(rendered_data):
-    """Nine prompts about four images and one of text alone."""
-    found = prompts_from(load_instructions(rendered_data))
-    images = list(dict.fromkeys(prompt.image_key for prompt in found if prompt.images))[:4]
-    with_image = [prompt for prompt in found if prompt.images and prompt.image_key in images]
-    text = next(prompt for prompt in found if not prompt.images)
+    """Nine prompts: eight about four images, and one without an image."""
+    all_prompts = prompts_from(load_instructions(rendered_data))
+    images = list(dict.fromkeys(prompt.image_key for prompt in all_prompts if prompt.images))[:4]
+    with_image = [prompt for prompt in all_prompts if prompt.images and prompt.image_key in images]
+    text = next(prompt for prompt in all_prompts if not prompt.images)
     return [*with_image[:5], text, *with_image[-3:]]
 
 
@@ -47,23 +47,23 @@ def table(tiny_backbone, prompts):
     return filled
 
 
-def assert_same(mine, theirs):
-    """Equal to the last bit."""
-    assert mine.prompt_ids == theirs.prompt_ids and mine.insert_layers == theirs.insert_layers
+def assert_same(table, expected):
+    """Assert that two tables are equal to the last bit."""
+    assert table.prompt_ids == expected.prompt_ids and table.insert_layers == expected.insert_layers
     for name in ("losses", "correct", "agreement", "greedy", "flops", "stock_flops"):
-        np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name), err_msg=name)
-    assert mine.digest == theirs.digest
+        np.testing.assert_array_equal(getattr(table, name), getattr(expected, name), err_msg=name)
+    assert table.digest == expected.digest
 
 
 @pytest.fixture
 def no_forward(monkeypatch):
-    """Fails a test that computes anything."""
+    """Let a test fail that computes losses."""
     monkeypatch.setattr(GroupForward, "run", None)
 
 
 @pytest.fixture
 def folder(table, tmp_path):
-    """The whole table on disk."""
+    """A folder that contains the whole table."""
     table.save(tmp_path / "table")
     return tmp_path / "table"
 
@@ -82,7 +82,7 @@ def test_save_and_load(table, folder):
         RewardTable.load(folder, (0, 5)).loss(0, 1)
 
 
-def test_a_table_of_given_losses_is_saved_too(tmp_path):
+def test_a_table_of_losses_from_elsewhere_is_saved_too(tmp_path):
     table = RewardTable.from_losses([[1.0, np.nan], [0.5, 2.0]], (1, 2), 4, image_keys=["a", "a"])
     table.save(tmp_path)
     loaded = RewardTable.load(tmp_path)
@@ -92,30 +92,29 @@ def test_a_table_of_given_losses_is_saved_too(tmp_path):
         _ = loaded.flops
 
 
-def test_other_readers_take_the_folder_as_one_data_set(table, folder):
-    for found in (pq.read_table(folder), pa.dataset.dataset(folder).to_table()):
-        assert found.num_rows == table.losses.size
-        assert set(found.column_names) == set(reward_files.SCHEMA.names)
-        np.testing.assert_array_equal(found["loss"].to_numpy(), table.losses.ravel())
-        assert found["prompt_id"].to_pylist() == [name for name in table.prompt_ids for _ in LAYERS]
-        assert found["correct"].null_count == table.losses.size
-        np.testing.assert_array_equal(found["agrees"].to_numpy(), table.agreement.ravel())
+def test_other_programs_read_the_folder_as_one_data_set(table, folder):
+    for rows in (pq.read_table(folder), pa.dataset.dataset(folder).to_table()):
+        assert rows.num_rows == table.losses.size
+        assert set(rows.column_names) == set(reward_files.SCHEMA.names)
+        np.testing.assert_array_equal(rows["loss"].to_numpy(), table.losses.ravel())
+        assert rows["prompt_id"].to_pylist() == [name for name in table.prompt_ids for _ in LAYERS]
+        assert rows["correct"].null_count == table.losses.size
+        np.testing.assert_array_equal(rows["agrees"].to_numpy(), table.agreement.ravel())
 
 
-def test_what_a_folder_knows_is_not_computed(tiny_backbone, prompts, table, folder, no_forward):
-    found = RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
-    assert_same(found, table)
+def test_losses_in_a_folder_are_not_computed_again(tiny_backbone, prompts, table, folder, no_forward):
+    assert_same(RewardTable(tiny_backbone, prompts, LAYERS, folder=folder), table)
     order = np.random.default_rng(0).permutation(len(prompts))[:6]
-    some = RewardTable(tiny_backbone, [prompts[index] for index in order], (3, 8), folder=folder)
-    np.testing.assert_array_equal(some.losses, table.losses[order][:, 1:])
-    np.testing.assert_array_equal(some.agreement, table.agreement[order][:, 1:])  # layer 0 is known there
+    part = RewardTable(tiny_backbone, [prompts[index] for index in order], (3, 8), folder=folder)
+    np.testing.assert_array_equal(part.losses, table.losses[order][:, 1:])
+    np.testing.assert_array_equal(part.agreement, table.agreement[order][:, 1:])  # from layer 0
     renamed = [replace(prompt, id=f"n{prompt.id}", source="new") for prompt in prompts]
     np.testing.assert_array_equal(
         RewardTable(tiny_backbone, renamed, LAYERS, folder=folder).losses, table.losses
     )
 
 
-def test_what_is_computed_is_added(tiny_backbone, prompts, table, tmp_path):
+def test_computed_losses_are_added(tiny_backbone, prompts, table, tmp_path):
     first = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)
     first.loss(0, 1)
     assert not list(tmp_path.iterdir())
@@ -132,6 +131,9 @@ def test_what_is_computed_is_added(tiny_backbone, prompts, table, tmp_path):
     again.fill()
     assert_same(again, table)
     assert_same(RewardTable.load(tmp_path), table)
+    again.record_correct(0, 0, 1)
+    again.flush()
+    assert RewardTable.load(tmp_path).correct[0, 0] == 1
 
 
 def test_layers_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_path):
@@ -143,7 +145,7 @@ def test_layers_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_path
 
 
 def test_prompts_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_path):
-    """Where a group grew, its losses in the new group come before those in the old."""
+    """If a group has grown, the losses of the larger group take precedence."""
     last = {prompts[-1].image_key}
     for chosen in (
         [prompt for prompt in prompts if prompt.image_key in last],
@@ -158,16 +160,16 @@ def test_prompts_are_appended_bit_for_bit(tiny_backbone, prompts, table, tmp_pat
     assert sum(rows) < 2 * table.losses.size  # groups that did not change were not computed again
 
 
-def test_another_group_s_losses_serve_a_table_of_some_questions(tiny_backbone, prompts, table, folder):
+def test_losses_of_another_group_serve_a_table_of_some_questions(tiny_backbone, prompts, table, folder):
     one = [prompts[1]]
     assert prompts[0].image_key == prompts[1].image_key
-    found = RewardTable(tiny_backbone, one, LAYERS, folder=folder)
-    assert found.group_keys[0] != table.group_keys[1]
-    np.testing.assert_array_equal(found.losses, table.losses[1:2])
-    alone = RewardTable(tiny_backbone, one, LAYERS, folder=folder, same_group=True)
-    assert np.isnan(alone.losses).all()
-    alone.fill()
-    np.testing.assert_allclose(alone.losses, found.losses, atol=1e-5)
+    part = RewardTable(tiny_backbone, one, LAYERS, folder=folder)
+    assert part.group_keys[0] != table.group_keys[1]
+    np.testing.assert_array_equal(part.losses, table.losses[1:2])
+    separate = RewardTable(tiny_backbone, one, LAYERS, folder=folder, same_group=True)
+    assert np.isnan(separate.losses).all()
+    separate.fill()
+    np.testing.assert_allclose(separate.losses, part.losses, atol=1e-5)
 
 
 def test_another_batch_tokens_is_another_group(tiny_backbone, prompts, table):
@@ -184,10 +186,10 @@ def test_a_folder_of_another_backbone_is_refused(prompts, folder):
         RewardTable(other, prompts, LAYERS, folder=folder)
 
 
-def test_files_that_are_missing_are_named(tiny_backbone, prompts, table, folder):
-    lost = shards(folder)[0]
-    lost.unlink()
-    with pytest.raises(ValueError, match=f"{lost.name} is missing.*_manifest.json"):
+def test_missing_files_are_named(tiny_backbone, prompts, table, folder):
+    missing = shards(folder)[0]
+    missing.unlink()
+    with pytest.raises(ValueError, match=f"{missing.name} is missing.*_manifest.json"):
         RewardTable.load(folder)
     again = RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
     assert np.isnan(again.losses).all()
@@ -195,7 +197,7 @@ def test_files_that_are_missing_are_named(tiny_backbone, prompts, table, folder)
     assert_same(RewardTable.load(folder), table)
 
 
-def test_unfinished_tables_are_not_taken_for_whole(tiny_backbone, prompts, tmp_path, monkeypatch):
+def test_unfinished_tables_are_not_complete(tiny_backbone, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
     with pytest.raises(ValueError, match="holds no reward table"):
         RewardTable.load(tmp_path / "nowhere")
@@ -209,7 +211,7 @@ def test_unfinished_tables_are_not_taken_for_whole(tiny_backbone, prompts, tmp_p
     assert len(loaded) == len(prompts) and not loaded.complete and loaded.insert_layers == (0,)
 
 
-def refused(folder, match):
+def assert_refused(folder, match):
     with pytest.raises(ValueError, match=match):
         RewardTable.load(folder)
 
@@ -221,23 +223,23 @@ def test_every_flipped_byte_is_noticed(folder):
         flipped = bytearray(content)
         flipped[place] ^= 1 << int(place % 8)
         shard.write_bytes(flipped)
-        refused(folder, f"{shard.name} is damaged.*remove it")
+        assert_refused(folder, f"{shard.name} is damaged.*remove it")
 
 
-@pytest.mark.parametrize("kept", [0, 1, 4, 100, -1])
-def test_every_truncation_is_noticed(tiny_backbone, prompts, table, folder, kept):
+@pytest.mark.parametrize("end", [0, 1, 4, 100, -1])
+def test_every_truncation_is_noticed(tiny_backbone, prompts, table, folder, end):
     shard = shards(folder)[0]
-    shard.write_bytes(shard.read_bytes()[:kept])
-    refused(folder, f"{shard.name} is damaged")
+    shard.write_bytes(shard.read_bytes()[:end])
+    assert_refused(folder, f"{shard.name} is damaged")
     with pytest.raises(ValueError, match=f"{shard.name} is damaged.*remove it"):
         RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
-    shard.unlink()  # as the error says
+    shard.unlink()  # the remedy in the message
     RewardTable(tiny_backbone, prompts, LAYERS, folder=folder).fill()
     assert_same(RewardTable.load(folder), table)
 
 
-def hashed(folder: Path, content: bytes) -> Path:
-    """A file whose name says the right hash."""
+def write_shard(folder: Path, content: bytes) -> Path:
+    """Write a file whose name contains the right hash."""
     path = folder / f"added-{reward_files.hashlib.sha256(content).hexdigest()[:16]}.parquet"
     path.write_bytes(content)
     return path
@@ -250,7 +252,7 @@ def parquet(table: pa.Table) -> bytes:
 
 
 class Trap:
-    """Leaves a trace when unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -259,17 +261,17 @@ class Trap:
         return open, (str(self.path), "w")
 
 
-def test_nothing_in_a_file_is_run_or_believed(folder, tmp_path):
+def test_no_code_in_a_file_is_run_and_no_bad_column_is_accepted(folder, tmp_path):
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
     whole = pq.read_table(shards(folder)[0])
     layers = whole["insert_layer"]
-    wrong = {
+    bad_contents = {
         "pickle": trap,
         "pandas metadata": parquet(pa.table({"a": [1]}).replace_schema_metadata({"PANDAS": trap})),
-        "of someone else": parquet(pa.table({"loss": [1.0]})),
+        "another format": parquet(pa.table({"loss": [1.0]})),
         "no origin": parquet(whole.replace_schema_metadata({})),
-        "origin no object": parquet(whole.replace_schema_metadata({"deepinsert": "[1]"})),
-        "a pickle as origin": parquet(whole.replace_schema_metadata({"deepinsert": trap})),
+        "list as origin": parquet(whole.replace_schema_metadata({"deepinsert": "[1]"})),
+        "pickle as origin": parquet(whole.replace_schema_metadata({"deepinsert": trap})),
         "bytes for losses": parquet(
             whole.set_column(6, "loss", pa.array([trap] * len(whole), type=pa.binary()))
         ),
@@ -278,34 +280,33 @@ def test_nothing_in_a_file_is_run_or_believed(folder, tmp_path):
         "no losses": parquet(whole.set_column(6, "loss", pa.nulls(len(whole), pa.float64()))),
         "numbers for keys": parquet(whole.set_column(0, "prompt_key", layers)),
     }
-    for name, content in wrong.items():
-        path = hashed(folder, content)
+    for content in bad_contents.values():
+        path = write_shard(folder, content)
         with pytest.raises(ValueError, match=f"{path.name} is no shard.*remove it"):
             RewardTable.load(folder)
-            pytest.fail(name)
         path.unlink()
     assert not (tmp_path / "sprung").exists()
     RewardTable.load(folder)
 
 
-def test_layers_that_the_backbone_does_not_have_change_nothing(tiny_backbone, prompts, table, folder):
+def test_layers_that_the_backbone_lacks_change_nothing(tiny_backbone, prompts, table, folder):
     whole = pq.read_table(shards(folder)[0])
-    odd = pa.array(np.resize([-1, 9, 2**31 - 1], len(whole)), type=pa.int32())
-    hashed(folder, parquet(whole.set_column(5, "insert_layer", odd)))
+    layers = pa.array(np.resize([-1, 9, 2**31 - 1], len(whole)), type=pa.int32())
+    write_shard(folder, parquet(whole.set_column(5, "insert_layer", layers)))
     assert_same(RewardTable(tiny_backbone, prompts, LAYERS, folder=folder), table)
-    refused(folder, "insert_layers")
+    assert_refused(folder, "insert_layers")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "part-0.parquet", "losses-00000-0123.parquet"])
-def test_a_file_of_someone_else_is_named(folder, name):
+def test_a_foreign_file_is_named(folder, name):
     (folder / name).write_text("mine")
-    refused(folder, f"{name} is no file of a reward table; remove it")
+    assert_refused(folder, f"{name} is no file of a reward table; remove it")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"origin": {}, "files": {"a": 3}}', "\x00"])
 def test_a_damaged_manifest_is_named(table, folder, content):
     (folder / MANIFEST).write_text(content)
-    refused(folder, "_manifest.json is damaged.*remove it")
+    assert_refused(folder, "_manifest.json is damaged.*remove it")
     (folder / MANIFEST).unlink()
     assert_same(RewardTable.load(folder), table)
 
@@ -315,25 +316,25 @@ def test_the_manifest_s_hash_is_checked(folder):
     for entry in manifest["files"].values():
         entry["sha256"] = entry["sha256"][:-1] + ("0" if entry["sha256"][-1] != "0" else "1")
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    refused(folder, "is damaged")
+    assert_refused(folder, "is damaged")
 
 
-def test_the_manifest_is_the_same_whoever_writes_it(table, folder, tmp_path):
-    written = (folder / MANIFEST).read_bytes()
+def test_every_writer_writes_the_same_manifest(table, folder, tmp_path):
+    content = (folder / MANIFEST).read_bytes()
     RewardFiles(folder, table.origin).write_manifest()
-    assert (folder / MANIFEST).read_bytes() == written
+    assert (folder / MANIFEST).read_bytes() == content
     table.save(tmp_path / "other")
-    assert (tmp_path / "other" / MANIFEST).read_bytes() == written
+    assert (tmp_path / "other" / MANIFEST).read_bytes() == content
 
 
 def test_a_failed_write_leaves_nothing(tiny_backbone, prompts, table, folder, monkeypatch):
     before = sorted(os.listdir(folder))
     again = RewardTable(tiny_backbone, prompts, LAYERS, folder=folder)
 
-    def full(*_args):
+    def fail(*_args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         again.folder.write_shard(0, *np.nonzero(table.losses > 1))
     assert sorted(os.listdir(folder)) == before
@@ -362,7 +363,7 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_whole_files_alone(tmp_path):
+def test_a_killed_writer_leaves_only_whole_files(tmp_path):
     for seed in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)],

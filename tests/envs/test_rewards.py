@@ -1,10 +1,9 @@
-"""The reward table: exact, the same to the last bit however it is asked for, and safe on disk."""
+"""The reward table: exact losses, with the same bits in whatever order they are computed."""
 
 from __future__ import annotations
 
-import functools
-import operator
 from dataclasses import replace
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -24,10 +23,10 @@ LAYERS = (0, 3, 8)
 
 @pytest.fixture(scope="module")
 def prompts(rendered_data):
-    """Ten prompts: two of text alone, the others about images of several sources, some of one image."""
-    found = prompts_from(load_instructions(rendered_data))
-    with_image = [prompt for prompt in found if prompt.images]
-    text = [prompt for prompt in found if not prompt.images]
+    """Ten prompts: two without an image, the others about images of several sources, some of one image."""
+    all_prompts = prompts_from(load_instructions(rendered_data))
+    with_image = [prompt for prompt in all_prompts if prompt.images]
+    text = [prompt for prompt in all_prompts if not prompt.images]
     return [*with_image[:3], text[0], *with_image[-4:], text[-1], with_image[len(with_image) // 2]]
 
 
@@ -42,12 +41,12 @@ def table(tiny_backbone, prompts):
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    """Groups of at least two prompts, so that ten make several."""
+    """Groups of at least two prompts, so that ten prompts make several groups."""
     monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
 
 
-class Counted(GroupForward):
-    """Group forwards that note what they are asked for."""
+class RecordingForward(GroupForward):
+    """A group forward that records the ids of its prompts and its layers."""
 
     runs: ClassVar[list[tuple[list[str], list[int]]]] = []
 
@@ -58,20 +57,20 @@ class Counted(GroupForward):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """What group forwards are asked for while a test runs: prompts and layers of each."""
-    monkeypatch.setattr(cell_computer, "GroupForward", Counted)
-    monkeypatch.setattr(Counted, "runs", [])
-    return Counted.runs
+    """The prompts and layers of each group forward during a test."""
+    monkeypatch.setattr(cell_computer, "GroupForward", RecordingForward)
+    monkeypatch.setattr(RecordingForward, "runs", [])
+    return RecordingForward.runs
 
 
-def in_random_order(backbone, prompts, seed):
+def losses_in_random_order(backbone, prompts, seed):
     table = RewardTable(backbone, prompts, LAYERS)
     pairs = [(p, k) for p in range(len(prompts)) for k in range(len(LAYERS))]
-    asked = np.random.default_rng(seed).permutation(len(pairs))
-    answers = np.full((len(prompts), len(LAYERS)), np.nan)
-    for p, k in (pairs[index] for index in asked):
-        answers[p, k] = table.loss(p, k)
-    return answers
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    losses = np.full((len(prompts), len(LAYERS)), np.nan)
+    for p, k in (pairs[index] for index in order):
+        losses[p, k] = table.loss(p, k)
+    return losses
 
 
 def test_losses_are_those_of_each_prompt_alone(tiny_backbone, prompts, table):
@@ -87,12 +86,12 @@ def test_losses_are_those_of_each_prompt_alone(tiny_backbone, prompts, table):
             assert table.losses[row, column] == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_losses_do_not_depend_on_the_order_they_are_asked_in(tiny_backbone, prompts, table):
-    np.testing.assert_array_equal(in_random_order(tiny_backbone, prompts, seed=1), table.losses)
-    np.testing.assert_array_equal(in_random_order(tiny_backbone, prompts, seed=2), table.losses)
+def test_losses_do_not_depend_on_their_order(tiny_backbone, prompts, table):
+    np.testing.assert_array_equal(losses_in_random_order(tiny_backbone, prompts, seed=1), table.losses)
+    np.testing.assert_array_equal(losses_in_random_order(tiny_backbone, prompts, seed=2), table.losses)
 
 
-def test_losses_do_not_depend_on_who_computes_which_group(tiny_backbone, prompts, table):
+def test_losses_do_not_depend_on_which_process_computes_which_group(tiny_backbone, prompts, table):
     workers = [RewardTable(tiny_backbone, prompts, LAYERS) for _ in range(2)]
     for number, group in enumerate(workers[0].groups):
         for column in range(len(LAYERS)):
@@ -102,28 +101,28 @@ def test_losses_do_not_depend_on_who_computes_which_group(tiny_backbone, prompts
 
 
 def test_losses_do_not_depend_on_the_other_prompts(tiny_backbone, prompts, table):
-    """Prompts of other images may come and go, before and between."""
-    apart = [index for index, prompt in enumerate(prompts) if prompt.images][::-1]
-    groups = {prompts[index].image_key for index in apart[::2]}
-    kept = [index for index in range(len(prompts)) if prompts[index].image_key in groups]
-    some = RewardTable(tiny_backbone, [prompts[index] for index in kept], LAYERS)
-    some.fill()
-    np.testing.assert_array_equal(some.losses, table.losses[kept])
+    """Prompts about other images make no difference, before or between these."""
+    with_image = [index for index, prompt in enumerate(prompts) if prompt.images][::-1]
+    images = {prompts[index].image_key for index in with_image[::2]}
+    rows = [index for index in range(len(prompts)) if prompts[index].image_key in images]
+    part = RewardTable(tiny_backbone, [prompts[index] for index in rows], LAYERS)
+    part.fill()
+    np.testing.assert_array_equal(part.losses, table.losses[rows])
 
 
 def test_groups_keep_images_whole_in_order_of_first_appearance(tiny_backbone, prompts, monkeypatch):
-    order = [prompts[index] for index in (9, 3, 0, 4, 8, 1, 0, 4)]  # 3 and 8 are of text alone
+    order = [prompts[index] for index in (9, 3, 0, 4, 8, 1, 0, 4)]  # 3 and 8 have no image
     images = [prompt.image_key if prompt.images else str(index) for index, prompt in enumerate(order)]
-    by_image = [[i for i, own in enumerate(images) if own == image] for image in dict.fromkeys(images)]
+    by_image = [[i for i, key in enumerate(images) if key == image] for image in dict.fromkeys(images)]
     for least in (1, 2, 3, 100):
         monkeypatch.setattr(prompt_keys, "LEAST_GROUP", least)
-        found = [group.tolist() for group in RewardTable(tiny_backbone, order, LAYERS).groups]
-        assert functools.reduce(operator.iadd, found, []) == functools.reduce(operator.iadd, by_image, [])
-        assert all(len(group) >= least for group in found[:-1])
+        groups = [group.tolist() for group in RewardTable(tiny_backbone, order, LAYERS).groups]
+        assert list(chain.from_iterable(groups)) == list(chain.from_iterable(by_image))
+        assert all(len(group) >= least for group in groups[:-1])
         for indices in by_image:
-            assert sum(set(indices) <= set(group) for group in found) == 1
+            assert sum(set(indices) <= set(group) for group in groups) == 1
         # No group could have ended before its last image.
-        for group in found:
+        for group in groups:
             last = next(len(indices) for indices in by_image if indices[-1] == group[-1])
             assert len(group) - last < least
 
@@ -134,7 +133,7 @@ def test_text_prompts_are_grouped_in_runs(tiny_backbone, monkeypatch):
     assert [len(group) for group in RewardTable(tiny_backbone, prompts, (0,)).groups] == [32, 32, 6]
 
 
-def test_prompts_are_told_apart_by_content(tiny_backbone, prompts):
+def test_prompts_are_identified_by_their_content(tiny_backbone, prompts):
     same = replace(prompts[0], id="other", source="elsewhere")
     table = RewardTable(tiny_backbone, [prompts[0], same, replace(same, answer="no")], LAYERS)
     keys = table.prompt_keys
@@ -147,7 +146,7 @@ def test_prompts_are_told_apart_by_content(tiny_backbone, prompts):
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_an_image_that_changed_makes_another_prompt(tiny_backbone, prompts, tmp_path):
+def test_a_changed_image_makes_another_prompt(tiny_backbone, prompts, tmp_path):
     first, second = tmp_path / "a" / "image.bmp", tmp_path / "b" / "image.bmp"
     keys = []
     for path, colour in ((first, "red"), (second, "blue")):
@@ -161,15 +160,15 @@ def test_an_image_that_changed_makes_another_prompt(tiny_backbone, prompts, tmp_
 
 def test_the_same_question_twice_is_computed_once(tiny_backbone, prompts, table, runs):
     twice = [prompts[0], replace(prompts[0], id="again"), *prompts[1:]]
-    found = RewardTable(tiny_backbone, twice, LAYERS)
-    found.fill()
-    np.testing.assert_array_equal(found.losses[0], found.losses[1])
-    np.testing.assert_array_equal(found.losses[1:], table.losses)
-    asked = [name for names, _ in runs for name in names]
-    assert sorted(asked) == sorted(prompt.id for prompt in prompts)
+    repeated = RewardTable(tiny_backbone, twice, LAYERS)
+    repeated.fill()
+    np.testing.assert_array_equal(repeated.losses[0], repeated.losses[1])
+    np.testing.assert_array_equal(repeated.losses[1:], table.losses)
+    computed = [name for names, _ in runs for name in names]
+    assert sorted(computed) == sorted(prompt.id for prompt in prompts)
 
 
-def test_one_prompt_is_a_table(tiny_backbone, prompts):
+def test_a_table_may_have_one_prompt(tiny_backbone, prompts):
     for prompt in (prompts[3], prompts[-1]):
         table = RewardTable(tiny_backbone, [prompt], (0, 4))
         table.fill()
@@ -179,12 +178,12 @@ def test_one_prompt_is_a_table(tiny_backbone, prompts):
 def test_one_question_computes_its_group_at_one_layer(tiny_backbone, prompts, runs):
     table = RewardTable(tiny_backbone, prompts, LAYERS)
     table.loss(8, 1)
-    known = ~np.isnan(table.losses)
-    expected = np.zeros_like(known)
+    has_loss = ~np.isnan(table.losses)
+    expected = np.zeros_like(has_loss)
     group = table.groups[table.group_of[8]]
     assert 1 < len(group) < len(prompts)
     expected[group, 1] = True
-    np.testing.assert_array_equal(known, expected)
+    np.testing.assert_array_equal(has_loss, expected)
     assert runs == [([prompts[index].id for index in group], [3])]
 
 
@@ -194,10 +193,10 @@ def test_known_losses_are_not_computed_again(tiny_backbone, prompts, runs):
         table.loss(0, 0)
     assert [layers for _, layers in runs] == [[0]]
     table.fill()
-    asked = [(name, layer) for names, layers in runs for name in names for layer in layers]
-    assert sorted(asked) == sorted((prompt.id, layer) for prompt in prompts for layer in LAYERS)
+    computed = [(name, layer) for names, layers in runs for name in names for layer in layers]
+    assert sorted(computed) == sorted((prompt.id, layer) for prompt in prompts for layer in LAYERS)
     table.rewards(0.5)
-    assert len(asked) == sum(len(names) * len(layers) for names, layers in runs)
+    assert len(computed) == sum(len(names) * len(layers) for names, layers in runs)
 
 
 def test_first_tokens_and_greedy_answers_are_those_of_each_prompt_alone(tiny_backbone, prompts, table):
@@ -221,18 +220,18 @@ def test_agreement_needs_layer_0(tiny_backbone, prompts):
     assert np.isnan(table.agreement).all()
 
 
-def test_a_table_says_why_prompts_ran_by_themselves(tiny_backbone, prompts, table):
+def test_a_table_reports_why_prompts_ran_by_themselves(tiny_backbone, prompts, table):
     assert table.unshared_reason is None
     tiny_backbone.model.train()
     try:
-        alone = RewardTable(tiny_backbone, prompts[:1], (0,))
-        alone.fill()
+        unshared = RewardTable(tiny_backbone, prompts[:1], (0,))
+        unshared.fill()
     finally:
         tiny_backbone.model.eval()
-    assert alone.unshared_reason == "it is in training mode"
+    assert unshared.unshared_reason == "it is in training mode"
 
 
-def test_digest_tells_tables_apart(tiny_backbone, prompts, table):
+def test_different_tables_have_different_digests(tiny_backbone, prompts, table):
     other = RewardTable(tiny_backbone, prompts, LAYERS)
     assert other.origin == table.origin and other.digest != table.digest
     other.fill()
@@ -291,7 +290,7 @@ def test_flops_without_layer_0_need_those_of_layer_0():
         RewardTable.from_losses([[1.0]], (2,), 4).bonus("flops")
 
 
-def test_flops_are_those_of_the_prompt_that_generate_reads(tiny_backbone, prompts, table):
+def test_flops_are_those_of_the_prompt_before_its_answer(tiny_backbone, prompts, table):
     costs = CostModel.from_model(tiny_backbone.model)
     for row, prompt in enumerate(prompts):
         ids = encode(tiny_backbone.processor, [prompt], with_answers=False)["input_ids"][0].tolist()
@@ -313,7 +312,7 @@ def test_flops_are_counted_without_a_forward(tiny_backbone, prompts, table):
     assert np.isnan(fresh.losses).all()
 
 
-def test_a_subset_asks_its_table(tiny_backbone, prompts, table):
+def test_a_subset_computes_with_its_table(tiny_backbone, prompts, table):
     whole = RewardTable(tiny_backbone, prompts, LAYERS)
     part = whole.subset([8, 1, 5])
     assert part.prompt_ids == [prompts[8].id, prompts[1].id, prompts[5].id]
@@ -329,7 +328,7 @@ def test_a_subset_asks_its_table(tiny_backbone, prompts, table):
 
 @pytest.mark.parametrize("layers", [(), (3, 0), (0, 0), (-1, 2), (0, 9), ("all",)])
 def test_candidates_must_be_ascending_insert_layers(layers):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"insert_layers|'all'"):
         RewardTable.from_losses(np.zeros((1, max(len(layers), 1))), layers, 8)
 
 
@@ -339,19 +338,20 @@ def test_all_candidates_are_layers_0_to_the_last(tiny_backbone, prompts):
 
 
 @pytest.mark.parametrize(
-    ("losses", "named"),
+    ("losses", "named", "message"),
     [
-        ([1.0, 2.0], {}),
-        ([[1.0]], {}),
-        (np.empty((0, 2)), {}),
-        ([[1.0, np.inf]], {}),
-        ([[1.0, 2.0]], {"flops": [[1.0]]}),
-        ([[1.0, 2.0]], {"sources": ["a", "b"]}),
-        ([[1.0, 2.0]], {"times": [1.0]}),
+        ([1.0, 2.0], {}, "losses of shape"),
+        ([[1.0]], {}, "losses of shape"),
+        (np.empty((0, 2)), {}, "losses of shape"),
+        ([[1.0, np.inf]], {}, "infinite"),
+        ([[1.0, 2.0]], {"correct": [1]}, "correct of shape"),
+        ([[1.0, 2.0]], {"flops": [[1.0]]}, "flops of shape"),
+        ([[1.0, 2.0]], {"sources": ["a", "b"]}, "sources: 2 values for 1 prompts"),
+        ([[1.0, 2.0]], {"times": [1.0]}, "times of shape"),
     ],
 )
-def test_known_losses_are_checked(losses, named):
-    with pytest.raises(ValueError):
+def test_losses_from_elsewhere_are_checked(losses, named, message):
+    with pytest.raises(ValueError, match=message):
         RewardTable.from_losses(losses, (0, 1), 2, **named)
 
 
@@ -360,3 +360,21 @@ def test_no_prompts_and_no_tokens_are_errors(tiny_backbone, prompts):
         RewardTable(tiny_backbone, [])
     with pytest.raises(ValueError, match="batch_tokens 0"):
         RewardTable(tiny_backbone, prompts, batch_tokens=0)
+
+
+def test_only_the_table_changes_its_arrays(table):
+    part = table.subset([0, 1])
+    for array in (table.losses, table.correct, table.greedy, table.flops, table.stock_flops, part.losses):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_recorded_grades_reach_the_whole_table(tiny_backbone, prompts):
+    whole = RewardTable(tiny_backbone, prompts, LAYERS)
+    whole.subset([4, 2]).record_correct([1, 0], [0, 2], [True, False])
+    expected = np.full((len(prompts), len(LAYERS)), np.nan)
+    expected[2, 0], expected[4, 2] = 1, 0
+    np.testing.assert_array_equal(whole.correct, expected)
+    assert whole.known_correct is None
+    whole.record_correct(*np.indices(expected.shape), 1)
+    assert whole.known_correct.all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_load_of_a_whole_round_changes_no_ratio(clocked_backbone, clock, prompts
     assert measure_times(clocked_backbone, prompts[:1], (0, 4, 8), repeats=4) == quiet
     rounds = [forwards[start : start + 3] for start in range(0, len(forwards), 3)]
     assert len(rounds) == 4 + WARM_UP
-    assert all(first == second[::-1] for first, second in zip(rounds, rounds[1:], strict=False))
+    assert all(first == second[::-1] for first, second in pairwise(rounds))
 
 
 def test_impossible_measurements_are_refused(tiny_backbone, prompts):

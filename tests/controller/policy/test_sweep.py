@@ -1,4 +1,4 @@
-"""The sweep: its figures, and that a killed one goes on where it was."""
+"""The sweep: its figures, and the options that it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS = (0, 3, 8)
 
 @pytest.fixture(scope="module")
 def data(rendered_data, tmp_path_factory):
-    """Two records of each source, beside the images of the rendered data."""
+    """Two records of each source; their images are those of the rendered data."""
     records = json.loads(rendered_data.read_text())
     chosen: dict[str, list] = {}
     for record in records:
@@ -60,7 +60,7 @@ def prompts(data, rendered_data):
     return prompts_from(load_instructions(data, rendered_data.parent))
 
 
-def test_the_folder_holds_what_the_contract_says(finished, result, prompts):
+def test_the_folder_contains_table_picture_and_result(finished, result, prompts):
     assert {entry.name for entry in finished.iterdir()} == {
         "config.json",
         "result.json",
@@ -108,14 +108,14 @@ def test_flops_ratio_is_that_of_all_prompts_together(tiny_backbone, result, prom
             costs.prefill_flops(*counts, layer, images=len(prompt.images), logits_to_keep=1)
             for layer in LAYERS
         ]
-    found = [row["flops_ratio"] for row in result["by_layer"]]
-    np.testing.assert_allclose(found, total / total[0])
-    assert found[0] == 1 and found[2] < found[1] < 1
+    ratios = [row["flops_ratio"] for row in result["by_layer"]]
+    np.testing.assert_allclose(ratios, total / total[0])
+    assert ratios[0] == 1 and ratios[2] < ratios[1] < 1
     assert [row["flops_ratio"] for row in result["per_source"]["text"]["by_layer"]] == [1, 1, 1]
 
 
 def test_accuracy_is_that_of_greedy_answers_one_by_one(tiny_backbone, result, finished, prompts):
-    right = np.zeros((len(prompts), len(LAYERS)))
+    correct = np.zeros((len(prompts), len(LAYERS)))
     for row, prompt in enumerate(prompts):
         limit = len(tiny_backbone.tokenizer.tokenize(prompt.answer)) + 4
         for column, layer in enumerate(LAYERS):
@@ -125,19 +125,16 @@ def test_accuracy_is_that_of_greedy_answers_one_by_one(tiny_backbone, result, fi
             answer = tiny_backbone.tokenizer.decode(
                 out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            right[row, column] = exact_match(answer, prompt.answer)
-    np.testing.assert_array_equal(RewardTable.load(finished / "table").correct, right)
-    assert [row["accuracy"] for row in result["by_layer"]] == right.mean(axis=0).tolist()
+            correct[row, column] = exact_match(answer, prompt.answer)
+    np.testing.assert_array_equal(RewardTable.load(finished / "table").correct, correct)
+    assert [row["accuracy"] for row in result["by_layer"]] == correct.mean(axis=0).tolist()
 
 
 def test_a_finished_sweep_is_not_repeated(finished, result, data, rendered_data, monkeypatch, capsys):
-    def no_model(*_args, **_named):
-        raise AssertionError("the backbone was loaded again")
-
-    monkeypatch.setattr(sweep, "load_backbone", no_model)
+    monkeypatch.setattr(sweep, "load_backbone", None)
     assert sweep.run(options_for(data, rendered_data, finished)) == result
-    shown = capsys.readouterr().out
-    assert "insert layer" in shown and f"{result['by_layer'][1]['loss']:.3f}" in shown
+    output = capsys.readouterr().out
+    assert "insert layer" in output and f"{result['by_layer'][1]['loss']:.3f}" in output
 
 
 def test_another_sweep_s_folder_is_refused(finished, data, rendered_data):
@@ -157,7 +154,7 @@ def test_without_accuracy(data, rendered_data, tmp_path, capsys):
     assert [row.split()[0] for row in rows] == ["0", "1"] and all(" - " in row for row in rows)
 
 
-def test_agreement_is_with_layer_0_even_where_it_is_no_candidate(finished, data, rendered_data, tmp_path):
+def test_agreement_is_with_layer_0_though_it_is_no_candidate(finished, data, rendered_data, tmp_path):
     options = options_for(data, rendered_data, tmp_path, agreement=True, accuracy=False, insert_layers="3,8")
     result = sweep.run(options)
     assert result["insert_layers"] == [3, 8] == [row["insert_layer"] for row in result["by_layer"]]
@@ -170,7 +167,7 @@ def test_agreement_is_with_layer_0_even_where_it_is_no_candidate(finished, data,
     assert "agreement" in sweep.summary(result)
 
 
-def test_layers_that_are_not_there_are_named(data, rendered_data, tmp_path):
+def test_bad_options_are_named(data, rendered_data, tmp_path):
     with pytest.raises(ValueError, match=r"--insert-layers '0-9'.*outside 0 to 8"):
         sweep.run(options_for(data, rendered_data, tmp_path / "out", insert_layers="0-9"))
     with pytest.raises(ValueError, match="--batch-size 0"):

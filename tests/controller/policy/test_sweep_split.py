@@ -1,4 +1,4 @@
-"""However a sweep is split, killed, resumed or extended, its table is the same to the last bit."""
+"""A sweep's table is the same to the last bit if the sweep is split, killed, resumed or extended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYT
 
 @pytest.fixture(scope="module")
 def data(rendered_data, tmp_path_factory):
-    """Records enough for several groups, and the first of each source again under another id."""
+    """Records for several groups; the first record of each source occurs again under another id."""
     records = json.loads(rendered_data.read_text())
     first = {record.get("image", "text").split("/")[0]: record for record in reversed(records)}
     again = [{**record, "id": f"again-{record['id']}"} for record in first.values()]
@@ -54,22 +54,22 @@ def options_for(data, rendered_data):
 
 @pytest.fixture(scope="module")
 def whole(options_for, tmp_path_factory):
-    """A sweep by one process at once, in one shard."""
+    """A sweep by one process, in one shard."""
     out = tmp_path_factory.mktemp("whole")
     sweep.run(options_for(out, shard_prompts=1024))
     return out
 
 
 def command(options, **environment):
-    """The same sweep as a process of its own."""
-    words = [f"--{name.replace('_', '-')}" for name in vars(options)]
-    given = []
-    for word, value in zip(words, vars(options).values(), strict=True):
+    """Return the words and the environment of a process that runs the same sweep."""
+    arguments = []
+    for name, value in vars(options).items():
+        option = name.replace("_", "-")
         if isinstance(value, bool):
-            given += [word if value else f"--no-{word[2:]}"]
+            arguments += [f"--{option}" if value else f"--no-{option}"]
         elif value not in (None, ""):
-            given += [word, str(value)]
-    words = [sys.executable, "-m", "deepinsert.controller.cli", "sweep", *given]
+            arguments += [f"--{option}", str(value)]
+    words = [sys.executable, "-m", "deepinsert.controller.cli", "sweep", *arguments]
     return words, {**ENVIRONMENT, **environment}
 
 
@@ -89,25 +89,25 @@ def shards(folder):
 
 
 def assert_same(out, whole):
-    """Table and result are equal to the last bit."""
-    mine, theirs = RewardTable.load(out / "table"), RewardTable.load(whole / "table")
-    assert mine.prompt_ids == theirs.prompt_ids and mine.insert_layers == theirs.insert_layers
+    """Assert that table and result are equal to the last bit."""
+    table, expected = RewardTable.load(out / "table"), RewardTable.load(whole / "table")
+    assert table.prompt_ids == expected.prompt_ids and table.insert_layers == expected.insert_layers
     for name in ("losses", "correct", "agreement", "greedy", "flops", "stock_flops"):
-        np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name), err_msg=name)
-    assert mine.complete and mine.digest == theirs.digest
+        np.testing.assert_array_equal(getattr(table, name), getattr(expected, name), err_msg=name)
+    assert table.complete and table.digest == expected.digest
     assert (out / "result.json").read_bytes() == (whole / "result.json").read_bytes()
 
 
 def test_parts_one_after_the_other(options_for, whole, tmp_path, capsys):
     for part in (1, 0):
-        found = sweep.run(options_for(tmp_path, shard=f"{part}/3"))
-        assert found.keys() == {"missing"} and found["missing"] > 0
+        assert sweep.run(options_for(tmp_path, shard=f"{part}/3")) == {}
         assert not (tmp_path / "result.json").exists()
     assert "--shard 2/3" in capsys.readouterr().err.splitlines()[-1]
-    written = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "table")}
+    write_times = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "table")}
     sweep.run(options_for(tmp_path, shard="2/3"))
     assert_same(tmp_path, whole)
-    assert len(written) > 2 and all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert len(write_times) > 2
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in write_times.items())
     again = sweep.run(options_for(tmp_path, shard="0/3"))
     assert again == json.loads((whole / "result.json").read_text())
 
@@ -115,13 +115,15 @@ def test_parts_one_after_the_other(options_for, whole, tmp_path, capsys):
 def test_two_processes_under_torchrun(options_for, whole, tmp_path):
     (python, *words), variables = command(options_for(tmp_path))
     launched = [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *words]
-    done = subprocess.run(launched, env=variables, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "sweep 0/2" in done.stderr and "sweep 1/2" in done.stderr
+    completed = subprocess.run(
+        launched, env=variables, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "sweep 0/2" in completed.stderr and "sweep 1/2" in completed.stderr
     assert_same(tmp_path, whole)
 
 
-def test_a_killed_sweep_goes_on(options_for, whole, tmp_path):
+def test_a_killed_sweep_continues(options_for, whole, tmp_path):
     options = options_for(tmp_path)
     process = start(options)
     table = tmp_path / "table"
@@ -130,12 +132,12 @@ def test_a_killed_sweep_goes_on(options_for, whole, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    written = {path: path.stat().st_mtime_ns for path in shards(table)}
+    write_times = {path: path.stat().st_mtime_ns for path in shards(table)}
     assert not (tmp_path / "result.json").exists()
     assert not RewardTable.load(table).complete
     sweep.run(options)
     assert_same(tmp_path, whole)
-    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in write_times.items())
 
 
 def test_layers_prompts_and_figures_are_added_in_the_same_folder(options_for, whole, tmp_path):
@@ -153,13 +155,10 @@ def test_layers_prompts_and_figures_are_added_in_the_same_folder(options_for, wh
 def test_sweeps_share_a_table(options_for, whole, tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     sweep.run(options_for(tmp_path / "first", table=shared))
-    computed = []
-    monkeypatch.setattr(GroupForward, "run", lambda *arguments: computed.append(arguments))
+    monkeypatch.setattr(GroupForward, "run", None)  # every loss is known
     sweep.run(options_for(tmp_path / "second", table=shared))
-    assert not computed
     assert (tmp_path / "second" / "result.json").read_bytes() == (whole / "result.json").read_bytes()
     sweep.run(options_for(tmp_path / "third", table=shared, insert_layers="0,8"))
-    assert not computed
 
 
 def test_a_damaged_shard_is_named_and_computed_again(options_for, whole, tmp_path):
@@ -177,14 +176,14 @@ def test_a_damaged_shard_is_named_and_computed_again(options_for, whole, tmp_pat
 
 
 def test_other_batch_tokens_do_not_mix(options_for, whole, tmp_path):
-    """They change rounding: what is asked for is computed with them."""
+    """Losses computed with another `batch_tokens` are rounded differently, so they are computed again."""
     shared = tmp_path / "shared"
     sweep.run(options_for(tmp_path / "small", table=shared, batch_tokens=512, accuracy=False))
     sweep.run(options_for(tmp_path / "usual", table=shared))
     assert (tmp_path / "usual" / "result.json").read_bytes() == (whole / "result.json").read_bytes()
 
 
-NURSERY = """
+PARENT = """
 import json, os, signal, sys
 import torch, transformers, matplotlib.pyplot, pyarrow.parquet
 from deepinsert.controller import cli
@@ -204,22 +203,22 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def born():
-    """Starts commands as processes of their own, without waiting for imports; gives their numbers."""
-    words = [sys.executable, "-c", NURSERY]
+def fork_command():
+    """A function that starts a command as a process, without the time of imports, and returns its id."""
+    words = [sys.executable, "-c", PARENT]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, env=ENVIRONMENT, text=True, **pipes) as nursery:
+    with subprocess.Popen(words, env=ENVIRONMENT, text=True, **pipes) as parent:
 
-        def start(words, **environment):
-            nursery.stdin.write(json.dumps([words, environment]) + "\n")
-            nursery.stdin.flush()
-            return int(nursery.stdout.readline())
+        def fork(words, **environment):
+            parent.stdin.write(json.dumps([words, environment]) + "\n")
+            parent.stdin.flush()
+            return int(parent.stdout.readline())
 
-        yield start
-        nursery.stdin.close()
+        yield fork
+        parent.stdin.close()
 
 
-def alive(pid):
+def is_alive(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -228,24 +227,24 @@ def alive(pid):
 
 
 @pytest.mark.slow
-def test_fifty_kills(options_for, whole, tmp_path, born):
-    """Two processes at a time, killed at random moments after one of them has written something."""
+def test_fifty_kills(options_for, whole, tmp_path, fork_command):
+    """Two processes at a time are killed at random moments after one of them has written a shard."""
     rng = np.random.default_rng(0)
     options, table, kills = options_for(tmp_path, shard_prompts=1), tmp_path / "table", 0
     words = command(options)[0][3:]
     while kills < 50:
         before = shards(table)
-        parts = [born(words, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-        while shards(table) == before and any(map(alive, parts)):
+        parts = [fork_command(words, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+        while shards(table) == before and any(map(is_alive, parts)):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 1))
-        for pid in filter(alive, parts):
+        for pid in filter(is_alive, parts):
             os.kill(pid, signal.SIGKILL)
             kills += 1
-        while any(map(alive, parts)):
+        while any(map(is_alive, parts)):
             time.sleep(0.005)
-        known = RewardTable.load(table)
-        if known.complete and not np.isnan(known.correct).any():  # all done: take most of it away
+        part = RewardTable.load(table)
+        if part.complete and part.known_correct is not None:  # all is done: remove most of it
             for path in shards(table):
                 if rng.random() < 0.7:
                     path.unlink()
