@@ -47,7 +47,7 @@ INDEPENDENT_QUESTIONS = 2
 """Questions about the large model's image that the independent arm runs at most; the others cost the same, so
 their time is extrapolated."""
 HEADINGS = (
-    "backbone", "questions an image", "independent s", "shared s", "times as fast", "FLOPs allow",
+    "backbone", "questions per image", "independent s", "shared s", "times as fast", "FLOPs allow",
     "of the saving kept", "largest difference",
 )  # fmt: skip
 

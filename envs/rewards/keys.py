@@ -18,7 +18,7 @@ from PIL import Image
 
 from deepinsert.envs.prompts import EncodedImage, ImageRef, Prompt
 
-LEAST_GROUP = 32
+MIN_GROUP_PROMPTS = 32
 """A group has at least this many prompts, except the last one; an image's prompts stay together."""
 
 ENDS = 4096
@@ -50,7 +50,7 @@ def prompt_groups(prompts: Sequence[Prompt]) -> list[IntArray]:
         images.setdefault(prompt.image_key if prompt.images else index, []).append(index)
     groups: list[list[int]] = []
     for indices in images.values():
-        if not groups or len(groups[-1]) >= LEAST_GROUP:
+        if not groups or len(groups[-1]) >= MIN_GROUP_PROMPTS:
             groups.append([])
         groups[-1] += indices
     return [np.array(indices, dtype=np.int64) for indices in groups]

@@ -30,10 +30,9 @@ Array = TypeVar("Array", bound=NDArray[Any])
 class RewardTable:
     """`-loss` and skip bonus of P prompts at K candidate insert layers.
 
-    A loss is computed when it is first needed, together with its group: all prompts about the same images,
-    and some dozens of prompts with other images. It depends only on its group and on `batch_tokens`. It is
-    the same to the last bit in whatever order losses are computed, by however many processes, and after a
-    restart.
+    A loss is computed when it is first needed, together with its group. A group contains all prompts about
+    some images, at least some dozens. A loss depends only on its group and on `batch_tokens`. It is the same
+    to the last bit in whatever order losses are computed, by however many processes, and after a restart.
 
     With `folder`, the table takes over the losses that the folder contains, matched by the content of a
     prompt, and adds its own. A loss that was computed in another group is taken over too, unless `same_group`
@@ -50,7 +49,7 @@ class RewardTable:
         same_group: take over only losses that were computed in the same group.
         flush_seconds: losses are added to the folder when this many seconds have passed since the last time;
             a killed process loses at most these. With infinity, the caller decides when to write.
-        times: prefill times (K,) relative to layer 0, as `measure_times` returns them; for the bonus "time".
+        times: prefill times (K,) relative to layer 0, for the bonus "time": `measure_times(...).ratios`.
 
     Attributes:
         insert_layers: the K candidates.

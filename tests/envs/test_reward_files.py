@@ -198,7 +198,7 @@ def test_missing_files_are_named(tiny_backbone, prompts, table, folder):
 
 
 def test_unfinished_tables_are_not_complete(tiny_backbone, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
+    monkeypatch.setattr(prompt_keys, "MIN_GROUP_PROMPTS", 2)
     with pytest.raises(ValueError, match="holds no reward table"):
         RewardTable.load(tmp_path / "nowhere")
     part = RewardTable(tiny_backbone, prompts, LAYERS, folder=tmp_path)

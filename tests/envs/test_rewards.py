@@ -33,7 +33,7 @@ def prompts(rendered_data):
 @pytest.fixture(scope="module")
 def table(tiny_backbone, prompts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_keys, "LEAST_GROUP", 2)
+        patch.setattr(prompt_keys, "MIN_GROUP_PROMPTS", 2)
         filled = RewardTable(tiny_backbone, prompts, LAYERS)
     filled.fill()
     return filled
@@ -42,7 +42,7 @@ def table(tiny_backbone, prompts):
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """Groups of at least two prompts, so that ten prompts make several groups."""
-    monkeypatch.setattr(prompt_keys, "LEAST_GROUP", 2)
+    monkeypatch.setattr(prompt_keys, "MIN_GROUP_PROMPTS", 2)
 
 
 class RecordingForward(GroupForward):
@@ -115,7 +115,7 @@ def test_groups_keep_images_whole_in_order_of_first_appearance(tiny_backbone, pr
     images = [prompt.image_key if prompt.images else str(index) for index, prompt in enumerate(order)]
     by_image = [[i for i, key in enumerate(images) if key == image] for image in dict.fromkeys(images)]
     for least in (1, 2, 3, 100):
-        monkeypatch.setattr(prompt_keys, "LEAST_GROUP", least)
+        monkeypatch.setattr(prompt_keys, "MIN_GROUP_PROMPTS", least)
         groups = [group.tolist() for group in RewardTable(tiny_backbone, order, LAYERS).groups]
         assert list(chain.from_iterable(groups)) == list(chain.from_iterable(by_image))
         assert all(len(group) >= least for group in groups[:-1])

@@ -11,7 +11,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from deepinsert.envs import InsertLayerVecEnv, Prompt, RewardTable, prompt_embeddings
-from deepinsert.envs.rewards.keys import LEAST_GROUP
+from deepinsert.envs.rewards.keys import MIN_GROUP_PROMPTS
 
 
 def test_vector_env_gives_the_rewards_of_the_env(env, table, observations):
@@ -111,7 +111,7 @@ def test_changing_a_returned_observation_changes_no_other(table, observations):
 
 def test_missing_rewards_are_computed_in_groups(tiny_backbone, six_prompts):
     text_prompts = [
-        Prompt.from_question(f"Which number follows {n}?", answer="4") for n in range(LEAST_GROUP)
+        Prompt.from_question(f"Which number follows {n}?", answer="4") for n in range(MIN_GROUP_PROMPTS)
     ]
     prompts = [*six_prompts, *text_prompts]
     table = RewardTable(tiny_backbone, prompts, (0, 4))
