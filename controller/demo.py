@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deepinsert.backbones.loading import TINY
 from deepinsert.controller.runs.atomic_files import write_json
-from deepinsert.controller.runs.folder import read_result, same_run, start_run, write_result
+from deepinsert.controller.runs.command import run_command
+from deepinsert.controller.runs.folder import read_result, same_run, write_result
 from deepinsert.controller.runs.machine import describe_machine, machine_facts
 from deepinsert.controller.studies.jobs import run_of
 from deepinsert.controller.tables import terminal_table
@@ -71,9 +74,12 @@ QUICK = Size(
 
 def run(options: DemoOptions) -> dict[str, Any]:
     """Run every step that is not finished, write `result.json`, print a table, and return the result."""
-    out = start_run(options)
-    size = QUICK if options.quick else FULL
-    demo = Demo(options, out, size)
+    return run_command(options, partial(play_steps, options), summary_of(Path(options.out)), reuse=False)
+
+
+def play_steps(options: DemoOptions, out: Path) -> dict[str, Any]:
+    """Run the steps one after the other, and return the result of the demo."""
+    demo = Demo(options, out, QUICK if options.quick else FULL)
     demo.render()
     sweep = demo.play("sweep", demo.sweep_options(), "what each insert layer costs without any training")
     policy = demo.play("train-policy", demo.policy_options(), "learn a layer for each question")
@@ -86,7 +92,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     for name, (insert_layer, aim) in finetunes.items():
         demo.play(name, demo.finetune_options(name, insert_layer), aim)
     evaluation = demo.play("evaluate", demo.evaluate_options(tuple(finetunes)), "both on unseen images")
-    result = {
+    return {
         "insert_layer": layer,
         "num_layers": sweep["num_layers"],
         "skip_weight": options.skip_weight,
@@ -96,9 +102,6 @@ def run(options: DemoOptions) -> dict[str, Any]:
         "seconds": demo.seconds,
         "machine": machine_facts(),
     }
-    write_result(out, result)
-    print(summary(result, evaluation, out), flush=True)
-    return result
 
 
 class Demo:
@@ -123,7 +126,7 @@ class Demo:
             "backbone": hashlib.sha256((TINY / "model.safetensors").read_bytes()).hexdigest(),
         }
         folder = self.out / "data"
-        print("Step 0 of 6: data - images with questions, drawn here", flush=True)
+        print(f"Step 0 of {len(STEPS)}: data - images with questions, drawn here", flush=True)
         if (folder / "result.json").is_file() and read_result(folder) == sources:
             return
         for step in STEPS:
@@ -213,6 +216,11 @@ class Demo:
             timing_repeats=self.size.timing_repeats,
             seed=self.options.seed,
         )
+
+
+def summary_of(out: Path) -> Callable[[dict[str, Any]], str]:
+    """Return what renders the result of the demo in the folder `out` for the terminal."""
+    return lambda result: summary(result, read_result(out / "evaluate"), out)
 
 
 def summary(result: dict[str, Any], evaluation: dict[str, Any], out: Path) -> str:

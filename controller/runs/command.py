@@ -50,5 +50,5 @@ def run_command(
             return {}
         write_result(out, to_json(result))
     result = read_result(out)
-    print(summary(result))
+    print(summary(result), flush=True)
     return result
