@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from deepinsert.controller.metrics.benchmark import Benchmark, Example, Score, questions
 from deepinsert.controller.runs.progress_bars import progress_bar
 from deepinsert.controller.statistics import (
-    drawn_interval,
+    bootstrap_scores,
     mcnemar,
     mean_interval,
     paired_interval,
-    score_draws,
+    percentile_interval,
 )
 from deepinsert.envs.prompts import Prompt
 
@@ -196,8 +196,8 @@ class Comparison:
             found = mean_interval(percent, self.clusters(rows))
             apart = paired_interval(percent, others, self.clusters(rows))
         else:
-            found = drawn_interval(score.headline, self.draws(index))
-            apart = drawn_interval(score.headline - first.headline, self.draws(index) - self.draws(0))
+            found = percentile_interval(score.headline, self.draws(index))
+            apart = percentile_interval(score.headline - first.headline, self.draws(index) - self.draws(0))
         return {
             "score": score.headline,
             "score_interval": [found.low, found.high],
@@ -218,7 +218,7 @@ class Comparison:
                 return self.headline(index, drawn)
 
             every = self.clusters(self.groups[ALL])
-            self.drawn[index] = score_draws(score, len(every), every, self.score_samples)
+            self.drawn[index] = bootstrap_scores(score, len(every), every, self.score_samples)
         return self.drawn[index]
 
     def headline(self, index: int, drawn: NDArray[np.int64]) -> float:

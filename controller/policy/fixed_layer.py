@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deepinsert.controller.statistics import Interval
+from deepinsert.controller.statistics import ClusterBootstrap, Interval
 
 from .baselines import best_fixed_column
 
 CONFIDENCE = 0.95
 SAMPLES = 2000
-CHUNK = 4_000_000  # counts in memory at once: 32 MB
 MANY_IMAGES = 10_000_000
 """A larger number of images is not reported as needed."""
 
@@ -60,12 +59,13 @@ def choose_fixed_layer(
     """
     values = np.asarray(rewards, dtype=np.float64)
     best = best_fixed_column(values)
-    sums, counts = by_image(values, images)
+    bootstrap = ClusterBootstrap(images, samples, seed)
+    image_count = bootstrap.num_clusters
     differences = values.mean(axis=0) - values[:, best].mean()
-    if len(counts) < 2:
+    if image_count < 2:
         intervals = tuple(Interval(float(mean), -np.inf, np.inf) for mean in differences)
-        return FixedLayer(best, intervals, tuple(range(values.shape[1])), (), len(counts), None)
-    means = bootstrap_means(sums, counts, samples, seed)
+        return FixedLayer(best, intervals, tuple(range(values.shape[1])), (), image_count, None)
+    means = bootstrap.means(values)
     against_best = means - means[:, [best]]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(against_best, [tail, 1 - tail], axis=0)
@@ -75,39 +75,9 @@ def choose_fixed_layer(
         difference=tuple(map(Interval, differences.tolist(), low.tolist(), high.tolist())),
         undecided=undecided,
         best_shares=tuple((np.bincount(means.argmax(axis=1), minlength=len(low)) / samples).tolist()),
-        images=len(counts),
-        images_needed=_images_needed(differences, against_best.std(axis=0), undecided, best, len(counts)),
+        images=image_count,
+        images_needed=_images_needed(differences, against_best.std(axis=0), undecided, best, image_count),
     )
-
-
-def bootstrap_means(sums: FloatArray, counts: FloatArray, samples: int, seed: int) -> FloatArray:
-    """Return the means (samples, K) of bootstrap draws of C clusters.
-
-    Args:
-        sums: the sum of each cluster's values (C, K).
-        counts: the number of each cluster's values (C).
-        samples: the number of draws.
-        seed: the seed of the draws.
-    """
-    rng = np.random.default_rng(seed)
-    clusters = len(counts)
-    means = []
-    rows = max(1, CHUNK // clusters)
-    for start in range(0, samples, rows):
-        size = min(rows, samples - start)
-        drawn = rng.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
-        multiplicity = np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters)
-        means.append((multiplicity @ sums) / (multiplicity @ counts)[:, None])
-    return np.concatenate(means)
-
-
-def by_image(values: FloatArray, images: Sequence[Hashable]) -> tuple[FloatArray, FloatArray]:
-    """Return sums (C, K) and counts (C) of each image's rows of `values` (P, K), in order of appearance."""
-    position: dict[Hashable, int] = {}
-    index = np.array([position.setdefault(image, len(position)) for image in images])
-    sums = np.zeros((len(position), values.shape[1]))
-    np.add.at(sums, index, values)
-    return sums, np.bincount(index).astype(np.float64)
 
 
 def _images_needed(

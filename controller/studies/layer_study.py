@@ -36,7 +36,7 @@ from deepinsert.envs.rewards.table import RewardTable
 
 from .jobs import play
 from .layer_study_page import page, plot
-from .rank_agreement import Bootstrap, choice, correlations, interval
+from .rank_agreement import DataAndSamples, choice, correlations, interval
 
 FloatArray = NDArray[np.float64]
 
@@ -178,7 +178,7 @@ class Study:
         """Everything the study found."""
         prompts = prompts_from(read_held_out(self), per="turn")
         figures = self.figures(prompts)
-        bootstrap = Bootstrap([prompt.image_key for prompt in prompts], seed=self.options.seed)
+        bootstrap = DataAndSamples([prompt.image_key for prompt in prompts], seed=self.options.seed)
         means = {name: bootstrap.means(values) for name, values in figures.items()}
         policy = LayerPolicy.load(self.folder("train-policy"))
         expected = np.array(policy.training.loss)

@@ -1,103 +1,91 @@
-"""Whether one figure ranks insert layers as another does: rank correlations, what picking by it loses.
+"""Whether one figure ranks insert layers as another does: rank correlations, and the regret of a choice.
 
-Intervals come from a bootstrap over images, whose questions are drawn together.
+Figures are arrays (1 + samples, K) of K layers: the first row holds the means of the data, the others those
+of bootstrap samples that draw whole images. `DataAndSamples` computes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from deepinsert.controller.statistics import ClusterBootstrap, percentile_interval
 
 FloatArray = NDArray[np.float64]
-Correlation = Callable[[ArrayLike, ArrayLike], FloatArray]
-
-CONFIDENCE = 0.95
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """Spearman's rank correlation of `a` and `b` (..., K) along the last axis, equal values sharing their
-    mean rank; NaN where all values of one are equal."""
-    first, second = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (ranked(a), ranked(b)))
-    size = np.sqrt((first**2).sum(axis=-1) * (second**2).sum(axis=-1))
-    return _ratio((first * second).sum(axis=-1), size)
+    """Return Spearman's rank correlation of `a` and `b` (R, K) per row.
+
+    Ties share their mean rank. The correlation is NaN where all values of one row are equal.
+    """
+    return _per_row(lambda first, second: float(stats.spearmanr(first, second).statistic), a, b)
 
 
 def kendall(a: ArrayLike, b: ArrayLike) -> FloatArray:
-    """Kendall's tau-b of `a` and `b` (..., K) along the last axis; NaN where all values of one are equal."""
-    first, second = (np.sign(_differences(values)) for values in (a, b))
-    size = np.sqrt(np.abs(first).sum(axis=(-2, -1)) * np.abs(second).sum(axis=(-2, -1)))
-    return _ratio((first * second).sum(axis=(-2, -1)), size)
+    """Return Kendall's tau-b of `a` and `b` (R, K) per row; NaN where all values of one row are equal."""
+    return _per_row(lambda first, second: float(stats.kendalltau(first, second).statistic), a, b)
 
 
-def ranked(values: ArrayLike) -> FloatArray:
-    """Ranks from 1 along the last axis; equal values share the mean of theirs."""
-    signs = np.sign(_differences(values))
-    return 0.5 * (signs.sum(axis=-1) + signs.shape[-1] + 1)
+def _per_row(measure: Callable[[FloatArray, FloatArray], float], a: ArrayLike, b: ArrayLike) -> FloatArray:
+    """Return a rank correlation (R) of `a` and `b` (R, K), computed once per different pair of rankings.
+
+    Thousands of bootstrap samples have few different rankings of the layers.
+    """
+    ranks = np.stack([stats.rankdata(values, axis=-1) for values in (a, b)], axis=1)
+    pairs, pair_of_row = np.unique(ranks, axis=0, return_inverse=True)
+    correlations = [
+        math.nan if np.ptp(first) == 0 or np.ptp(second) == 0 else measure(first, second)
+        for first, second in pairs
+    ]
+    return np.array(correlations)[pair_of_row.ravel()]
 
 
-def _differences(values: ArrayLike) -> FloatArray:
-    """Each value minus each other, (..., K, K)."""
-    array = np.asarray(values, dtype=np.float64)
-    return array[..., :, None] - array[..., None, :]
+class DataAndSamples:
+    """Means over prompts for the data itself and for the same bootstrap samples in every figure.
 
-
-def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(below > 0, above / below, np.nan)
-
-
-class Bootstrap:
-    """The same draws of images for every figure, so that figures can be set against each other.
-
-    `clusters` (P) name each prompt's image.
+    Args:
+        images: the image of each prompt (P), the clusters of the bootstrap.
+        samples: the number of bootstrap samples.
+        seed: the seed of the draws.
     """
 
-    def __init__(self, clusters: Sequence[Hashable], samples: int = 2000, seed: int = 0) -> None:
-        position: dict[Hashable, int] = {}
-        self.index = np.array([position.setdefault(cluster, len(position)) for cluster in clusters])
-        counts = np.bincount(self.index).astype(np.float64)
-        drawn = np.random.default_rng(seed).multinomial(
-            len(counts), np.full(len(counts), 1 / len(counts)), samples
-        )
-        # The first row is the data as it is.
-        self.weights = np.concatenate([np.ones((1, len(counts))), drawn])
-        self.sizes = self.weights @ counts
+    def __init__(self, images: Sequence[Hashable], samples: int = 2000, seed: int = 0) -> None:
+        self.bootstrap = ClusterBootstrap(images, samples, seed)
+        data = np.ones((1, self.bootstrap.num_clusters))
+        self.weights = np.concatenate([data, self.bootstrap.multinomial_counts()])
 
     def means(self, values: FloatArray) -> FloatArray:
-        """Means (1 + samples, K) over the prompts of `values` (P, K): of the data, then of each draw."""
-        sums = np.zeros((self.weights.shape[1], values.shape[1]))
-        np.add.at(sums, self.index, values)
-        return self.weights @ sums / self.sizes[:, None]
+        """Return the means (1 + samples, K) of `values` (P, K): of the data, then of each sample."""
+        return self.bootstrap.weighted_means(values, self.weights)
 
 
-def interval(values: FloatArray) -> list[float | None]:
-    """The 95 % percentile interval of draws (samples); those without a value are left out."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return [None, None]
-    tail = (1 - CONFIDENCE) / 2
-    return [float(bound) for bound in np.quantile(known, [tail, 1 - tail])]
+def interval(draws: FloatArray) -> list[float | None]:
+    """Return the 95 % percentile interval of draws (samples) without NaN; two None if all are NaN."""
+    _, low, high = percentile_interval(math.nan, draws)
+    return [None, None] if math.isnan(low) else [low, high]
 
 
 def correlations(predictor: FloatArray, truth: FloatArray) -> dict[str, Any]:
-    """Spearman's and Kendall's correlation of two figures by layer, (1 + samples, K) each as
-    `Bootstrap.means` gives them, with intervals."""
-    found: dict[str, Any] = {}
+    """Return Spearman's and Kendall's correlation of two figures (1 + samples, K), with intervals."""
+    figures: dict[str, Any] = {}
     for name, measure in (("spearman", spearman), ("kendall", kendall)):
         values = measure(predictor, truth)
-        found[name] = float(values[0])
-        found[f"{name}_interval"] = interval(values[1:])
-    return found
+        figures[name] = float(values[0])
+        figures[f"{name}_interval"] = interval(values[1:])
+    return figures
 
 
 def choice(predicted: FloatArray, truth: FloatArray) -> dict[str, Any]:
-    """What picking the layer of the highest `predicted` reward loses in `truth` against its best layer.
+    """Return what choosing the layer of the highest `predicted` reward loses in `truth`.
 
-    Both are rewards by layer, (1 + samples, K). Gives columns, the regret in the unit of `truth`, and how
-    often the draws agree on the best layer.
+    Both are rewards (1 + samples, K). The result holds the columns `picked` and `best`, the regret against
+    the best layer in the unit of `truth` with its interval, and the share of samples in which both agree.
     """
     picked, best = predicted.argmax(axis=1), truth.argmax(axis=1)
     rows = np.arange(len(truth))

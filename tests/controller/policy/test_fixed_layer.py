@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from deepinsert.controller.policy.fixed_layer import (
-    bootstrap_means,
-    by_image,
-    choose_fixed_layer,
-)
+from deepinsert.controller.policy.fixed_layer import choose_fixed_layer
 from deepinsert.controller.policy.sentences import WIDE, fixed_layer_doubt, name_layers
 from deepinsert.controller.statistics import paired_interval
 
@@ -64,14 +60,6 @@ def test_best_shares_count_bootstrap_samples():
     rewards = np.column_stack([first, first[::-1], np.full(100, -9.0)])
     shares = choose_fixed_layer(rewards, range(100)).best_shares
     assert shares[0] == pytest.approx(0.5, abs=0.05) and shares[2] == 0
-
-
-def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
-    sums, counts = by_image(*rewards_of(0, 50, questions=3))
-    assert counts.tolist() == [3] * 50
-    whole = bootstrap_means(sums, counts, 100, seed=5)
-    monkeypatch.setattr("deepinsert.controller.policy.fixed_layer.CHUNK", 50 * 7)
-    np.testing.assert_allclose(bootstrap_means(sums, counts, 100, seed=5), whole, rtol=1e-12)
 
 
 def test_layers_with_equal_rewards_stay_undecided():
