@@ -135,6 +135,7 @@ def columns_of(result: Result, joined: bool) -> list[dict[str, Any]]:
 
 
 def cell(values: Mapping[str, Any], significance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One score of Table 1, with its interval, and whether it differs significantly from the baseline's."""
     low, high = values["score_difference_interval"]
     p_value = None if significance is None else significance["p_value"]
     known = low is not None and high is not None
@@ -148,6 +149,7 @@ def cell(values: Mapping[str, Any], significance: Mapping[str, Any] | None) -> d
 
 
 def times100(value: Any) -> Any:
+    """A share, or a list of shares, in percent."""
     return [100 * each for each in value] if isinstance(value, list) else 100 * value
 
 
@@ -171,6 +173,7 @@ def average(scores: Sequence[Mapping[str, Any] | None]) -> float | None:
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
@@ -271,6 +274,7 @@ def parts(result: Result) -> list[list[tuple[str, ...]]]:
 
 
 def with_interval(value: float, interval: Sequence[float | None], percent: str, sign: str = "") -> str:
+    """A value with its interval in brackets; a bound that is None is written as a question mark."""
     low, high = ("?" if each is None else f"{each:{sign}.1f}{percent}" for each in interval)
     return f"{value:{sign}.1f}{percent} [{low}, {high}]"
 
