@@ -130,7 +130,8 @@ def observed(
                 "columns": [each.tolist() for each in columns],
             },
         )
-    return json.loads(path.read_text("utf-8"))
+    outcome: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return outcome
 
 
 def compared(
@@ -209,11 +210,13 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def reward_of(row: dict[str, Any]) -> str:
+    """Format a mean reward with its interval."""
     low, high = row["confidence_interval"]
     return f"{row['reward']:.4f} ({low:.4f} to {high:.4f})"
 
 
 def share_of(row: dict[str, Any]) -> str:
+    """Format the share of the gap between the best fixed layer and the oracle, with its interval."""
     if row["share_of_gap"] is None:
         return "no gap"
     low, high = row["share_of_gap_interval"]

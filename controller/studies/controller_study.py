@@ -72,6 +72,7 @@ class Study:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def folder(self, step: str) -> Path:
+        """The run folder of a step."""
         return Path(self.options.out) / step
 
     def play(self, step: str, command: Callable[[Any], dict[str, Any]], kind: Any, **own: Any) -> None:
@@ -130,6 +131,7 @@ def held_out_file(options: ControllerStudyOptions) -> Path:
 
 
 def image_root(options: ControllerStudyOptions) -> Path:
+    """The folder below which the images of the data file lie."""
     return options.data.parent if options.image_root is None else options.image_root
 
 

@@ -9,26 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepinsert.backbones import load_backbone
-from deepinsert.controller.option_checks import check, parse_layers, parse_skip_weight_list
+from deepinsert.controller.option_checks import parse_layers, parse_skip_weight_list
 from deepinsert.controller.options import (
     BackboneOptions,
     EvaluateOptions,
     FinetuneOptions,
     LayerStudyOptions,
+    RunOptions,
     SweepOptions,
     TrainPolicyOptions,
 )
 from deepinsert.controller.policy.layer_policy import LayerPolicy
 from deepinsert.controller.prompt_selection import read_data
 from deepinsert.controller.runs.atomic_files import atomic_file, to_json, write_json
-from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.command import run_command
 from deepinsert.controller.runs.machine import machine_facts
 from deepinsert.envs.data.instructions import InstructionData, split_by_image
 from deepinsert.envs.prompts import Prompt, prompts_from
@@ -39,6 +41,8 @@ from .layer_study_page import page, plot
 from .rank_agreement import DataAndSamples, choice, correlations, interval
 
 FloatArray = NDArray[np.float64]
+
+StepOptions = TypeVar("StepOptions", bound=RunOptions)
 
 FREE = ("jobs", "batch_tokens")
 FEWEST_LAYERS = 3  # two can only be ranked alike or not
@@ -53,22 +57,19 @@ def run(options: LayerStudyOptions) -> dict[str, Any]:
     `ValueError` where the folder holds another study, or for options that cannot be used; `DatasetError` for
     data that cannot.
     """
-    check(options)
-    out = start_run(options, FREE)
-    if (out / "result.json").is_file():
-        result = read_result(out)
-        print(page(result))
-        return result
+    return run_command(options, partial(study_layers, options), page, growing=FREE)
+
+
+def study_layers(options: LayerStudyOptions, out: Path) -> dict[str, Any]:
+    """Run the steps, write `layer_study.md` and `layer_study.png`, and return the result."""
     study = Study.prepared(options)
     results = play(study.first_steps(), options.jobs, out / "logs")
     results |= play(study.evaluations(), options.jobs, out / "logs")
-    result = to_json(study.result(results))
+    result: dict[str, Any] = to_json(study.result(results))
     plot(result, out / "layer_study.png")
     with atomic_file(out / "layer_study.md") as temporary:
         temporary.write_text(page(result), "utf-8")
-    write_result(out, result)
-    print(page(result))
-    return read_result(out)
+    return result
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Study:
         return cls(options, layers, backbone.num_layers, train, held_out)
 
     def folder(self, step: str) -> Path:
+        """The run folder of a step."""
         return Path(self.options.out) / step
 
     @property
@@ -108,11 +110,12 @@ class Study:
         wanted = (options.random, options.distillation > 0, options.longer is not None)
         return [name for name, asked in zip(SHARED, wanted, strict=True) if asked]
 
-    def step(self, kind: Any, name: str, **own: Any) -> Any:
-        """Options of a command in a folder of its own."""
+    def step(self, kind: type[StepOptions], name: str, **own: Any) -> StepOptions:
+        """Options of the command of a step, which writes to a folder of its own."""
         common = {field: getattr(self.options, field) for field in BackboneOptions.__dataclass_fields__}
         common |= {"seed": self.options.seed, "max_bad": self.options.max_bad}
-        return kind(out=self.folder(name), **{**common, "image_root": image_root(self.options), **own})
+        arguments = {**common, "image_root": image_root(self.options), **own}
+        return kind(out=self.folder(name), **arguments)
 
     def first_steps(self) -> dict[str, Any]:
         """What needs nothing but the data: the longest first, so that the last to end are short."""
@@ -319,7 +322,8 @@ def raw_records(path: Path) -> list[Any]:
     text = path.read_text("utf-8-sig")
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return json.loads(text)
+    records: list[Any] = json.loads(text)
+    return records
 
 
 def read_held_out(study: Study) -> InstructionData:
@@ -328,4 +332,5 @@ def read_held_out(study: Study) -> InstructionData:
 
 
 def image_root(options: LayerStudyOptions) -> Path:
+    """The folder below which the images of the data file lie."""
     return Path(options.data).parent if options.image_root is None else options.image_root

@@ -151,13 +151,13 @@ def shared_sentences(result: dict[str, Any]) -> str:
 
 def steps_of(result: dict[str, Any], name: str) -> int:
     """Optimiser steps of a model for all depths."""
-    return result["finetuning"]["longer" if name == "longer" else "steps"]
+    return int(result["finetuning"]["longer" if name == "longer" else "steps"])
 
 
 def separate_seconds(result: dict[str, Any]) -> float:
     """Seconds that all variants with a layer of their own took."""
     seconds = result["finetuning"]["seconds"]
-    return sum(seconds[f"finetune-{layer}"] for layer in result["insert_layers"])
+    return float(sum(seconds[f"finetune-{layer}"] for layer in result["insert_layers"]))
 
 
 def with_interval(found: dict[str, Any], form: Any) -> str:
@@ -169,18 +169,22 @@ def with_interval(found: dict[str, Any], form: Any) -> str:
 
 
 def percent(share: float) -> str:
+    """Format a share in percent."""
     return f"{100 * share:.1f} %"
 
 
 def points(share: float) -> str:
+    """Format a difference of shares in percentage points."""
     return f"{100 * share:+.1f}"
 
 
 def signed(value: float) -> str:
+    """Format a rank correlation with its sign."""
     return f"{value:+.2f}"
 
 
 def nats(value: float) -> str:
+    """Format a loss in nats."""
     return f"{value:.3f}"
 
 

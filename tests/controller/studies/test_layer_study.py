@@ -75,9 +75,10 @@ def interrupted(options: LayerStudyOptions) -> dict[Path, int]:
         if self.out.name == "finetune-3":
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune.LossLog, "on_step_end", interrupt)
-        layer_study.run(options)
+        with pytest.raises(KeyboardInterrupt):
+            layer_study.run(options)
     return finished_steps(options.out)
 
 
