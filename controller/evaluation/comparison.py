@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepinsert.controller.metrics.benchmark import Benchmark, Example, Score, questions
+from deepinsert.controller.metrics.benchmark import Benchmark, Example, Score, question_rows
 from deepinsert.controller.runs.progress_bars import progress_bar
 from deepinsert.controller.statistics import (
     bootstrap_scores,
@@ -153,7 +153,7 @@ class Comparison:
 
     def asked(self, group: str) -> NDArray[np.int64]:
         """Rows of a group, one for each question where a benchmark asks it several times."""
-        return np.intersect1d(self.groups[group], questions(self.examples))
+        return np.intersect1d(self.groups[group], question_rows(self.examples))
 
     def clusters(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.examples[row].prompt.image_key for row in rows]

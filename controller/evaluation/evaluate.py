@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from deepinsert.controller.answers.batched import generate_answers, losses_and_flops
 from deepinsert.controller.finetuning.model_card import update_results
-from deepinsert.controller.metrics.benchmark import Benchmark, Example, askable, check_images
+from deepinsert.controller.metrics.benchmark import Benchmark, Example, check_images, promptable_benchmark
 from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import EvaluateOptions
 from deepinsert.controller.prompt_selection import read_data
@@ -51,7 +51,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         result = read_result(out)
         print(table(result))
         return result
-    bench = askable(options.benchmark, metrics=options.metrics)
+    bench = promptable_benchmark(options.benchmark, metrics=options.metrics)
     examples, skipped = read_examples(options, bench)
     bench.score([""], examples[:1])  # a library that the rule misses must not show after hours of answers
     prompts = [example.prompt for example in examples]

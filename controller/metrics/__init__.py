@@ -1,1 +1,1 @@
-"""Whether answers are right: metrics as their benchmarks define them."""
+"""Benchmarks: readers of their published files, and their published scoring rules."""

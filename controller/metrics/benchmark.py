@@ -1,4 +1,4 @@
-"""The benchmarks by name, and what can be asked of the examples of any of them."""
+"""All benchmarks by name, and functions on the examples of any of them."""
 
 from __future__ import annotations
 
@@ -14,83 +14,107 @@ from deepinsert.envs.data.media import DatasetError, check_image
 from deepinsert.envs.prompts import EncodedImage, ImageRef
 
 from .contract import Benchmark, Example, Score
-from .rules import caption_scores as captions
-from .rules import gqa_accuracy as gqa
-from .rules import instruction_accuracy as instructions
-from .rules import multiple_choice
-from .rules import sound_labels as sounds
-from .rules import vqa_accuracy as vqa
-from .rules import yes_no_accuracy as yes_no
+from .rules import (
+    caption_scores,
+    gqa_accuracy,
+    instruction_accuracy,
+    multiple_choice,
+    sound_labels,
+    vqa_accuracy,
+    yes_no_accuracy,
+)
 
-__all__ = ["BENCHMARKS", "Benchmark", "Example", "Score", "askable", "benchmark", "check_images", "questions"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Example",
+    "Score",
+    "benchmark",
+    "check_images",
+    "promptable_benchmark",
+    "question_rows",
+]
 
-BENCHMARKS: dict[str, Benchmark] = {
-    entry.name: entry
-    for room in (instructions, vqa, gqa, yes_no, multiple_choice, sounds, captions)
-    for entry in room.BENCHMARKS
-}
+RULES = (
+    instruction_accuracy,
+    vqa_accuracy,
+    gqa_accuracy,
+    yes_no_accuracy,
+    multiple_choice,
+    sound_labels,
+    caption_scores,
+)
+
+BENCHMARKS: dict[str, Benchmark] = {entry.name: entry for module in RULES for entry in module.BENCHMARKS}
 
 
 def benchmark(name: str, **settings: str | None) -> Benchmark:
-    """The benchmark of this name, with those of its `settings` that are given (not None).
+    """Return the benchmark of this name, with those `settings` that are not None.
 
-    Raises `ValueError` that lists the names where there is none, and for a setting that it has not.
+    Raises:
+        ValueError: there is no such benchmark, or it does not have a setting; the message lists the names.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"--benchmark {name!r}: there is no such benchmark; choose {', '.join(BENCHMARKS)}")
-    found = BENCHMARKS[name]
-    given = {key: value for key, value in settings.items() if value is not None}
-    for key, value in given.items():
-        if key not in found.settings:
-            own = ", ".join(f"--{each}" for each in found.settings) or "no setting"
-            raise ValueError(f"--{key} {value}: {name} has {own}; leave it out")
-    if not given:
-        return found
+    entry = BENCHMARKS[name]
+    changes = {key: value for key, value in settings.items() if value is not None}
+    for key, value in changes.items():
+        if key not in entry.settings:
+            options = ", ".join(f"--{setting}" for setting in entry.settings) or "no setting"
+            raise ValueError(f"--{key} {value}: {name} has {options}; leave it out")
+    if not changes:
+        return entry
+    brief = entry.score_without_details
     return replace(
-        found,
-        score=partial(found.score, **given),
-        brief=found.brief and partial(found.brief, **given),
-        settings={**found.settings, **given},
+        entry,
+        score=partial(entry.score, **changes),
+        score_without_details=brief and partial(brief, **changes),
+        settings={**entry.settings, **changes},
     )
 
 
-def askable(name: str, **settings: str | None) -> Benchmark:
-    """The benchmark of this name with its `settings`, whose questions are put to a model.
+def promptable_benchmark(name: str, **settings: str | None) -> Benchmark:
+    """Return the benchmark of this name with its `settings`, if its questions can be put to a model.
 
-    Raises `ValueError` where they are about what no command can show one: sounds and molecules.
+    Raises:
+        ValueError: as `benchmark` does, or no command can show a model its questions (sounds, molecules).
     """
-    found = benchmark(name, **settings)
-    if not found.askable:
+    entry = benchmark(name, **settings)
+    if not entry.promptable:
         raise ValueError(
             f"--benchmark {name}: its questions cannot be put to a model yet; deepinsert score takes answers "
             "made elsewhere"
         )
-    return found
+    return entry
 
 
-def questions(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Indices of one example for each question (Q): the first of those that share a "group".
+def question_rows(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the index of one example per question (Q): the first one of those that share a "group".
 
-    Tests of significance take these rows of `Score.items`, since rotations of one question earn together.
+    Tests of significance take these rows of `Score.items`, because all rotations of one question have the
+    same score.
     """
-    seen: dict[object, int] = {}
-    for index, example in enumerate(examples):
-        seen.setdefault(("group", example.facts["group"]) if "group" in example.facts else index, index)
-    return np.array(list(seen.values()), dtype=np.int64)
+    first_rows: dict[object, int] = {}
+    for row, example in enumerate(examples):
+        key = ("group", example.facts["group"]) if "group" in example.facts else row
+        first_rows.setdefault(key, row)
+    return np.array(list(first_rows.values()), dtype=np.int64)
 
 
 def check_images(examples: Sequence[Example]) -> None:
-    """Look at the header of every image that is asked about, before hours of work depend on it.
+    """Read the header of every image, before hours of work depend on it.
 
-    Raises `DatasetError` naming the first that is missing or broken. Readers do not look, since scoring needs
-    no image.
+    Readers of benchmarks do not open images, because scoring needs none.
+
+    Raises:
+        DatasetError: an image is missing or broken; the message names the first one.
     """
-    known: set[ImageRef] = set()
+    checked: set[ImageRef] = set()
     for example in examples:
         for image in example.prompt.images:
-            if not isinstance(image, ImageRef) or image in known:
+            if not isinstance(image, ImageRef) or image in checked:
                 continue
-            known.add(image)
+            checked.add(image)
             if isinstance(image, EncodedImage):
                 image.open()
                 continue

@@ -1,4 +1,4 @@
-"""COCO's captions_val2014.json, ChEBI-20's test.txt, and captions of one's own in LLaVA's JSON."""
+"""COCO's captions_val2014.json, ChEBI-20's test.txt, and captions of a user's own in LLaVA's JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.data.media import DatasetError
 from deepinsert.envs.prompts import ImageRef, prompts_from
 
-from .question_prompts import ask, root_of
+from .question_prompts import image_root_of, question_prompt
 from .records import by_key, read_record, read_table
 
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -17,9 +17,9 @@ DESCRIBE = "Describe the molecule."
 
 
 def read_coco(data: Path, image_root: Path | None) -> list[Example]:
-    """Examples of captions_val2014.json: one for each image that has captions.
+    """Read captions_val2014.json: one example per image with captions.
 
-    Images lie in the image root, or in val2014/ there.
+    Images are in the image root, or in val2014/ below it.
     """
     record = read_record(data)
     images = by_key(record.rows("images"), "id")
@@ -30,34 +30,28 @@ def read_coco(data: Path, image_root: Path | None) -> list[Example]:
             row.fault("image_id", f"{name} is not among the images")
         captions.setdefault(name, []).append(row.text("caption"))
     if not captions:
-        raise DatasetError(f"{data}: no caption in it; is the file cut off?")
-    root = root_of(data, image_root, "val2014", "val2017")
-    return [
-        Example(
-            ask(
-                name, "coco-captions", CAPTION,
-                (ImageRef(root, images[name].text("file_name"), images[name].where),), texts[0], name,
-            ),
-            tuple(texts),
-        )
-        for name, texts in captions.items()
-    ]  # fmt: skip
+        raise DatasetError(f"{data}: there is no caption in it; is the file cut off?")
+    root = image_root_of(data, image_root, "val2014", "val2017")
+    examples = []
+    for name, texts in captions.items():
+        image = ImageRef(root, images[name].text("file_name"), images[name].origin)
+        prompt = question_prompt(name, "coco-captions", CAPTION, (image,), texts[0], name)
+        examples.append(Example(prompt, tuple(texts)))
+    return examples
 
 
 def read_chebi20(data: Path, image_root: Path | None) -> list[Example]:
-    """Examples of test.txt: CID, SMILES and description, tab-separated. Ids are the CIDs."""
+    """Read test.txt: CID, SMILES and description, separated by tabs. Ids are the CIDs."""
     rows = by_key(read_table(data, "\t", ("CID", "SMILES", "description"), quoted=False), "CID")
-    return [
-        Example(
-            ask(name, "chebi20", f"{row.text('SMILES')}\n{DESCRIBE}", (), row.text("description")),
-            (row.text("description"),),
-            {"smiles": row.text("SMILES")},
-        )
-        for name, row in rows.items()
-    ]
+    examples = []
+    for name, row in rows.items():
+        smiles, description = row.text("SMILES"), row.text("description")
+        prompt = question_prompt(name, "chebi20", f"{smiles}\n{DESCRIBE}", (), description)
+        examples.append(Example(prompt, (description,), {"smiles": smiles}))
+    return examples
 
 
-def read_own(data: Path, image_root: Path | None) -> list[Example]:
-    """Examples of instructions in LLaVA's JSON whose answers are captions."""
+def read_instruction_captions(data: Path, image_root: Path | None) -> list[Example]:
+    """Read instructions in LLaVA's JSON whose answers are captions."""
     prompts = prompts_from(load_instructions(data, image_root), per="turn")
     return [Example(prompt, (prompt.answer,)) for prompt in prompts]

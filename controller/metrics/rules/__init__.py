@@ -1,1 +1,1 @@
-"""Rules by which benchmarks score answers."""
+"""The benchmarks' scoring rules, each as its published script or paper defines it."""

@@ -1,7 +1,8 @@
-"""Captions: COCO's metrics by pycocoevalcap, ChEBI-20's by nltk and rouge-score as MolCA computes them, and
-sacrebleu for captions of one's own.
+"""Scores of captions by the libraries that their papers use.
 
-The libraries come with `pip install deepinsert[metrics]` and are imported where they are used.
+COCO's captions are scored by pycocoevalcap, ChEBI-20's by nltk and rouge-score as in MolCA, and a user's own
+by sacrebleu and rouge-score. The libraries come with `pip install deepinsert[metrics]` and are imported where
+they are used.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 
 from deepinsert.controller.metrics.contract import Benchmark, Example, Score
-from deepinsert.controller.metrics.formats.captions import read_chebi20, read_coco, read_own
+from deepinsert.controller.metrics.formats.captions import (
+    read_chebi20,
+    read_coco,
+    read_instruction_captions,
+)
 
 TRUNCATED = 512
 """Tokens of a text that BLEU and METEOR see, as in MolT5's and MolCA's evaluation."""
 WORDS = "words"
-"""The tokenizer that divides at spaces."""
+"""The name of the tokenizer that splits at spaces."""
 
 
 def library(name: str) -> Any:
-    """A module of the extra `metrics`. Raises `ValueError` with the remedy where it is not installed."""
+    """Import a module of the extra `metrics`; raise `ValueError` with the remedy if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -33,25 +38,31 @@ def library(name: str) -> Any:
         ) from error
 
 
-def chosen(metrics: str, known: Sequence[str]) -> list[str]:
-    """The names in `metrics`. Raises `ValueError` for one that is not `known`."""
+def metric_names(metrics: str, choices: Sequence[str]) -> list[str]:
+    """Return the names in `metrics`, which commas separate; raise `ValueError` unless they are `choices`."""
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     for name in names:
-        if name not in known:
-            raise ValueError(f"--metrics {metrics!r}: {name!r} is none; choose among {', '.join(known)}")
+        if name not in choices:
+            raise ValueError(
+                f"--metrics {metrics!r}: {name!r} is no metric of this benchmark; choose among "
+                f"{', '.join(choices)}"
+            )
     if not names:
-        raise ValueError(f"--metrics {metrics!r}: name at least one of {', '.join(known)}")
+        raise ValueError(f"--metrics {metrics!r}: name at least one of {', '.join(choices)}")
     return names
 
 
-def rouge(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """Mean F-measures of ROUGE-1, -2 and -L (rouge-score, no stemming), of the best reference, in percent."""
+def rouge_scores(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """Return the mean F-measures of ROUGE-1, -2 and -L for the best reference, in percent.
+
+    They are those of rouge-score without stemming.
+    """
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = library("rouge_score.rouge_scorer").RougeScorer(kinds)
     best = []
     for answer, example in zip(answers, examples, strict=True):
-        found = [scorer.score(reference, answer) for reference in example.references]
-        best.append([max(one[kind].fmeasure for one in found) for kind in kinds])
+        scores = [scorer.score(reference, answer) for reference in example.references]
+        best.append([max(score[kind].fmeasure for score in scores) for kind in kinds])
     means = 100 * np.mean(best, axis=0)
     return dict(zip(("ROUGE-1", "ROUGE-2", "ROUGE-L"), map(float, means), strict=True))
 
@@ -62,50 +73,62 @@ def score_molecules(
     tokenizer: str = "",
     metrics: str = "bleu,rouge,meteor",
 ) -> Score:
-    """BLEU-2 (headline) and BLEU-4 by nltk's `corpus_bleu` over the tokens of `tokenizer`, METEOR over the
-    same tokens, and ROUGE-1, -2 and -L; in percent.
+    """Return BLEU-2 (headline), BLEU-4, METEOR, and ROUGE-1, -2 and -L, in percent.
 
-    Published numbers depend on the tokenizer: MolT5 takes allenai/scibert_scivocab_uncased.
+    BLEU (nltk's `corpus_bleu`) and METEOR compare tokens, so published numbers depend on the tokenizer: MolT5
+    uses allenai/scibert_scivocab_uncased.
+
+    Args:
+        answers: one answer per example.
+        examples: the questions (P).
+        tokenizer: "words", or the model whose tokenizer is used (folder or hub id).
+        metrics: the metrics to compute, separated by commas.
     """
     details: dict[str, float] = {}
-    names = chosen(metrics, ("bleu", "rouge", "meteor"))
+    names = metric_names(metrics, ("bleu", "rouge", "meteor"))
     if "bleu" in names or "meteor" in names:
-        tokens = tokens_of(tokenizer)
-        said = [tokens(answer) for answer in answers]
-        wanted = [[tokens(reference) for reference in example.references] for example in examples]
+        split = splitter(tokenizer)
+        hypotheses = [split(answer) for answer in answers]
+        references = [[split(reference) for reference in example.references] for example in examples]
     if "bleu" in names:
         corpus_bleu = library("nltk.translate.bleu_score").corpus_bleu
-        details["BLEU-2"] = 100 * float(corpus_bleu(wanted, said, weights=(0.5, 0.5)))
-        details["BLEU-4"] = 100 * float(corpus_bleu(wanted, said, weights=(0.25,) * 4))
+        details["BLEU-2"] = 100 * float(corpus_bleu(references, hypotheses, weights=(0.5, 0.5)))
+        details["BLEU-4"] = 100 * float(corpus_bleu(references, hypotheses, weights=(0.25,) * 4))
     if "rouge" in names:
-        details.update(rouge(answers, examples))
+        details.update(rouge_scores(answers, examples))
     if "meteor" in names:
-        details["METEOR"] = nltk_meteor(wanted, said)
+        details["METEOR"] = nltk_meteor(references, hypotheses)
     unit = next(iter(details))
     return Score(details[unit], unit, None, details)
 
 
-def nltk_meteor(wanted: Sequence[Sequence[list[str]]], said: Sequence[list[str]]) -> float:
-    """Mean METEOR by nltk in percent. Raises `ValueError` where nltk's WordNet is not there."""
+def nltk_meteor(references: Sequence[Sequence[list[str]]], hypotheses: Sequence[list[str]]) -> float:
+    """Return the mean METEOR by nltk in percent; raise `ValueError` if nltk's WordNet is missing."""
     meteor_score = library("nltk.translate.meteor_score").meteor_score
     try:
-        found = [meteor_score(refs, hyp) for refs, hyp in zip(wanted, said, strict=True)]
+        scores = [meteor_score(*pair) for pair in zip(references, hypotheses, strict=True)]
     except LookupError as error:
         raise ValueError(
             'METEOR needs nltk\'s WordNet; run "python -m nltk.downloader wordnet omw-1.4", '
             "or leave it out with --metrics bleu,rouge"
         ) from error
-    return 100 * float(np.mean(found))
+    return 100 * float(np.mean(scores))
 
 
-def tokens_of(tokenizer: str) -> Callable[[str], list[str]]:
-    """What divides texts: `"words"` at spaces, else the tokenizer of a model (folder or hub id)."""
+def splitter(tokenizer: str) -> Callable[[str], list[str]]:
+    """Return a function that splits texts into tokens.
+
+    `"words"` splits at spaces; any other `tokenizer` is a model's (folder or hub id).
+
+    Raises:
+        ValueError: `tokenizer` is empty or cannot be loaded.
+    """
     if tokenizer == WORDS:
         return lambda text: text.split()[:TRUNCATED]
     if not tokenizer:
         raise ValueError(
             "--tokenizer: BLEU and METEOR depend on it; give a model such as "
-            f'allenai/scibert_scivocab_uncased (MolT5), or "{WORDS}" to divide at spaces'
+            f'allenai/scibert_scivocab_uncased (MolT5), or "{WORDS}" to split at spaces'
         )
     from transformers import AutoTokenizer
 
@@ -122,78 +145,92 @@ def score_coco(
     metrics: str = "bleu,rouge,meteor,cider",
     details: bool = True,
 ) -> Score:
-    """CIDEr (headline), BLEU-1 to -4, ROUGE-L, METEOR and, where asked for, SPICE over PTB tokens, times 100.
+    """Return CIDEr (headline), BLEU-1 to -4, ROUGE-L, METEOR and SPICE over PTB tokens, times 100.
 
-    As in COCO's caption evaluation (pycocoevalcap), which needs Java; SPICE downloads CoreNLP at first.
-    Without `details` the first of these that was asked for is all.
+    They are those of COCO's caption evaluation (pycocoevalcap), which needs Java; SPICE first downloads
+    CoreNLP.
+
+    Args:
+        answers: one answer per example.
+        examples: the images (P).
+        metrics: the metrics to compute, separated by commas.
+        details: whether to compute all of them, or only the first, which is the headline.
     """
-    names = chosen(metrics, ("bleu", "rouge", "meteor", "cider", "spice"))
+    names = metric_names(metrics, ("bleu", "rouge", "meteor", "cider", "spice"))
     tokens = ptb_tokens([*answers, *(text for example in examples for text in example.references)])
     ids = [example.prompt.id for example in examples]
-    said = {name: [tokens[text]] for name, text in zip(ids, answers, strict=True)}
-    truth = {
+    hypotheses = {name: [tokens[text]] for name, text in zip(ids, answers, strict=True)}
+    references = {
         name: [tokens[text] for text in example.references]
         for name, example in zip(ids, examples, strict=True)
     }
-    rooms = {
+    scorers = {
         "cider": ("cider.cider", "Cider", ["CIDEr"]),
         "bleu": ("bleu.bleu", "Bleu", ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"]),
         "rouge": ("rouge.rouge", "Rouge", ["ROUGE-L"]),
         "meteor": ("meteor.meteor", "Meteor", ["METEOR"]),
         "spice": ("spice.spice", "Spice", ["SPICE"]),
     }
-    found: dict[str, float] = {}
-    for name in [name for name in rooms if name in names][: None if details else 1]:
-        module, kind, labels = rooms[name]
-        values, _ = getattr(library(f"pycocoevalcap.{module}"), kind)().compute_score(truth, said)
-        found.update(zip(labels, (100 * float(value) for value in np.ravel(values)), strict=True))
-    unit = next(iter(found))
-    return Score(found[unit], unit, None, found)
+    scores: dict[str, float] = {}
+    for name in [name for name in scorers if name in names][: None if details else 1]:
+        module, kind, labels = scorers[name]
+        values, _ = getattr(library(f"pycocoevalcap.{module}"), kind)().compute_score(references, hypotheses)
+        scores.update(zip(labels, (100 * float(value) for value in np.ravel(values)), strict=True))
+    unit = next(iter(scores))
+    return Score(scores[unit], unit, None, scores)
 
 
 PTB_TOKENS: dict[str, str] = {}
-"""Texts as they were divided, since Java takes a second to start and a bootstrap scores them often."""
+"""Cache of tokenized texts: Java takes a second to start, and a bootstrap scores the same texts often."""
 
 
 def ptb_tokens(texts: Sequence[str]) -> dict[str, str]:
-    """Each text as Stanford's PTBTokenizer divides it, with spaces between tokens.
+    """Return the tokens of each text by Stanford's PTBTokenizer, with spaces between them.
 
-    It takes a text a line, and sees new lines in characters that pycocoevalcap lets pass: they become
-    spaces. Raises `ValueError` where it cannot run.
+    The tokenizer takes one text per line. It also breaks lines at characters that pycocoevalcap does not
+    replace, so these become spaces here.
+
+    Raises:
+        ValueError: the tokenizer cannot run.
     """
-    new = [text for text in dict.fromkeys(texts) if text not in PTB_TOKENS]
-    if not new:
+    missing = [text for text in dict.fromkeys(texts) if text not in PTB_TOKENS]
+    if not missing:
         return PTB_TOKENS
     if shutil.which("java") is None:
         raise ValueError(
-            "COCO's captions are divided by Stanford's PTBTokenizer, which needs Java; install a runtime "
+            "COCO's captions are tokenized by Stanford's PTBTokenizer, which needs Java; install a runtime "
             '(such as the package default-jre-headless), or score them as "captions"'
         )
-    divide = library("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer().tokenize
+    tokenize = library("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer().tokenize
+    captions = {row: [{"caption": " ".join(text.split())}] for row, text in enumerate(missing)}
     try:
-        divided = divide({place: [{"caption": " ".join(text.split())}] for place, text in enumerate(new)})
+        tokens = tokenize(captions)
     except OSError as error:
         raise ValueError(
-            f"pycocoevalcap cannot write beside itself ({error}); install it where you may"
+            f"pycocoevalcap cannot write to its own folder ({error}); install it where you have write access"
         ) from error
-    PTB_TOKENS.update((text, divided[place][0]) for place, text in enumerate(new))
+    PTB_TOKENS.update((text, tokens[row][0]) for row, text in enumerate(missing))
     return PTB_TOKENS
 
 
-def score_own(answers: Sequence[str], examples: Sequence[Example], details: bool = True) -> Score:
-    """BLEU-4 (headline), and in the details BLEU-2, by sacrebleu with its tokenizer 13a, and ROUGE-1, -2 and
-    -L; in percent."""
+def score_instruction_captions(
+    answers: Sequence[str], examples: Sequence[Example], details: bool = True
+) -> Score:
+    """Return BLEU-4 (headline), BLEU-2, and ROUGE-1, -2 and -L, in percent.
+
+    BLEU is sacrebleu's with its tokenizer 13a. Without `details` only BLEU-4 is computed.
+    """
     metrics = library("sacrebleu.metrics")
     references = [[example.references[0] for example in examples]]
-    found = {
+    scores = {
         f"BLEU-{order}": float(
             metrics.BLEU(max_ngram_order=order).corpus_score(list(answers), references).score
         )
         for order in ((4, 2) if details else (4,))
     }
     if details:
-        found.update(rouge(answers, examples))
-    return Score(found["BLEU-4"], "BLEU-4", None, found)
+        scores.update(rouge_scores(answers, examples))
+    return Score(scores["BLEU-4"], "BLEU-4", None, scores)
 
 
 BENCHMARKS = (
@@ -203,7 +240,7 @@ BENCHMARKS = (
         read_coco,
         score_coco,
         {"metrics": "bleu,rouge,meteor,cider"},
-        brief=partial(score_coco, details=False),
+        score_without_details=partial(score_coco, details=False),
     ),
     Benchmark(
         "chebi20",
@@ -211,9 +248,13 @@ BENCHMARKS = (
         read_chebi20,
         score_molecules,
         {"tokenizer": "", "metrics": "bleu,rouge,meteor"},
-        askable=False,
+        promptable=False,
     ),
     Benchmark(
-        "captions", "sacrebleu, rouge-score", read_own, score_own, brief=partial(score_own, details=False)
+        "captions",
+        "sacrebleu, rouge-score",
+        read_instruction_captions,
+        score_instruction_captions,
+        score_without_details=partial(score_instruction_captions, details=False),
     ),
 )

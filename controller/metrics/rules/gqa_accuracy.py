@@ -1,4 +1,4 @@
-"""GQA accuracy: the answer is the published word, but for case and points at its end."""
+"""GQA accuracy: an answer is right if it is the published word, apart from case and points at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepinsert.controller.metrics.formats.gqa import read_gqa
 
 
 def score(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """Exact match after `rstrip(".")` and lower case; in the details by structural type of the question."""
+    """Return the share of exact matches after `rstrip(".")` and lower case; also by type of question."""
     items = [
         answer.rstrip(".").lower() == example.references[0]
         for answer, example in zip(answers, examples, strict=True)

@@ -1,4 +1,4 @@
-"""Instruction data in LLaVA's JSON as a benchmark: each answer against the one that was written."""
+"""Instruction data in LLaVA's JSON as a benchmark: each answer is compared with the written one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .exact_match import exact_match
 
 
 def read(data: Path, image_root: Path | None) -> list[Example]:
-    """One example for each question, with the turns before it as context."""
+    """Read one example per question, with the turns before it as context."""
     prompts = prompts_from(load_instructions(data, image_root), per="turn")
     return [Example(prompt, (prompt.answer,)) for prompt in prompts]
 
 
 def score(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """Share of answers that say the same as the reference after `exact_match.normalise`; by source."""
+    """Return the share of answers that equal their reference after `normalise`; also by source."""
     items = [
         exact_match(answer, example.references[0]) for answer, example in zip(answers, examples, strict=True)
     ]

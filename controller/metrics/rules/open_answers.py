@@ -1,7 +1,7 @@
-"""MMMU's rule for open questions: the answer's key phrases and numbers, compared with any reference.
+"""MMMU's rule for open questions: the answer's key phrases and numbers are compared with every reference.
 
-Follows eval/eval_utils.py of github.com/MMMU-Benchmark/MMMU. Only lines divide an answer: the script lowers
-the case before it looks for the capitals that begin sentences.
+It follows eval/eval_utils.py of github.com/MMMU-Benchmark/MMMU. Only line breaks divide an answer, because
+the script lowers the case before it looks for the capitals that begin sentences.
 """
 
 from __future__ import annotations
@@ -19,39 +19,44 @@ NUMBERS = (
 
 
 def open_answer_is_right(answer: str, references: Sequence[str]) -> bool:
-    """Whether a key phrase holds a reference, or a number in one equals it to two decimals."""
-    wanted = [form for reference in references for form in comparable(reference)]
-    texts = [form for form in wanted if isinstance(form, str)]
+    """Return whether a key phrase contains a reference, or a number in one equals it to two decimals."""
+    reference_forms = [form for reference in references for form in comparable(reference)]
+    texts = [form for form in reference_forms if isinstance(form, str)]
     for phrase in key_phrases(answer):
         numbers = [number for pattern in NUMBERS for number in re.findall(pattern, phrase)]
         for form in (form for part in [phrase, *numbers] for form in comparable(part)):
             if isinstance(form, str):
                 if any(text in form for text in texts):
                     return True
-            elif form in wanted:
+            elif form in reference_forms:
                 return True
     return False
 
 
 def key_phrases(answer: str) -> list[str]:
-    """What follows the last "is", "so", "answer", ... of each line, the shortest of them; the whole answer
-    where no line has one. In the last line "=" counts too."""
+    """Return the shortest text of each line that follows its last "is", "so", "answer" or another key.
+
+    In the last line "=" is a key too. If no line has a key, the whole answer is the only phrase.
+    """
     whole = answer.strip().strip(".").lower()
     lines = whole.split("\n")
     phrases = []
     for number, line in enumerate(lines):
         keys = (*KEYS, "=") if number == len(lines) - 1 else KEYS
         tails = [line.split(key)[-1].strip() for key in keys if key in line]
-        kept = ""
+        shortest = ""
         for tail in tails:
-            kept = tail if not kept or len(tail) < len(kept) else kept
-        if kept and kept not in TRIVIAL:
-            phrases.append(kept)
+            shortest = tail if not shortest or len(tail) < len(shortest) else shortest
+        if shortest and shortest not in TRIVIAL:
+            phrases.append(shortest)
     return phrases or [whole]
 
 
 def comparable(text: str) -> list[str | float]:
-    """A number rounded to two decimals, else the text in lower case; one letter only beside a space."""
+    """Return a number rounded to two decimals, or else the text in lower case.
+
+    A single letter counts only beside a space.
+    """
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

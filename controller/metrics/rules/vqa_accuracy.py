@@ -1,8 +1,8 @@
-"""VQA accuracy: an answer is as right as people agree with it.
+"""VQA accuracy: the score of an answer depends on how many people gave it.
 
-Two published normalisations exist, and numbers are only comparable within one: that of VQAv2 and OK-VQA
+There are two published normalisations, and numbers are only comparable within one: that of VQAv2 and OK-VQA
 (github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py), and that of TextVQA (MMF's
-EvalAIAnswerProcessor, which LLaVA's llava/eval/eval_textvqa.py takes).
+EvalAIAnswerProcessor, which LLaVA's llava/eval/eval_textvqa.py uses).
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(COUNTED
 ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
-# Contractions by the word without all of its apostrophes ("dont"), and by each spelling that has lost one
-# of two ("hadnt've", "hadn'tve"). Words that also mean something else ("shell", "id", "well") are not there.
-_ONE_LOST = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
+# Contractions by the word without any apostrophe ("dont"), and by each spelling that has only one of two
+# ("hadnt've", "hadn'tve"). Words that also have another meaning ("shell", "id", "well") are left out.
+_ONE_APOSTROPHE = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
     how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't
     shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll
     that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're
     what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't
     would've wouldn't y'all you'd you'll you're you've"""
-_TWO = """couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+_TWO_APOSTROPHES = """
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
     something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"""
 
 
 def _contractions() -> dict[str, str]:
-    table = {word.replace("'", ""): word for word in _ONE_LOST.split()}
-    for word in _TWO.split():
+    """Return the word with its apostrophes for each spelling that lacks one."""
+    table = {word.replace("'", ""): word for word in _ONE_APOSTROPHE.split()}
+    for word in _TWO_APOSTROPHES.split():
         first, second, third = word.split("'")
         table[f"{first}{second}'{third}"] = word
         table[f"{first}'{second}{third}"] = word
-    table["somebody'd"] = "somebodyd"  # the published table has this one the other way round
+    table["somebody'd"] = "somebodyd"  # the published table maps this word in the other direction
     table.update({spelling: "'ow's'at" for spelling in ("ow's'at", "'ows'at", "'ow'sat")})
     table.update({spelling: "y'all'd've" for spelling in ("yall'd've", "y'alld've", "y'all'dve")})
     return table
@@ -46,45 +49,52 @@ CONTRACTIONS = _contractions()
 
 
 def without_punctuation(text: str) -> str:
-    """`text` without points that no digit follows, and with other punctuation as a space, or as nothing where
-    a space is beside that mark or the text has a comma between digits."""
-    thousands = re.search(r"\d,\d", text) is not None
+    """Return `text` without points that no digit follows, and without other punctuation.
+
+    Another mark becomes a space. It is removed if a space is beside it somewhere in the text, or if the text
+    has a comma between digits.
+    """
+    has_thousands = re.search(r"\d,\d", text) is not None
     out = text
     for mark in PUNCTUATION:
-        joined = thousands or f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if joined else " ")
-    # The published scripts hand a flag where a count belongs and so remove no more than 32 points.
+        is_removed = has_thousands or f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if is_removed else " ")
+    # The published scripts pass a flag in the place of a count, and so remove at most 32 points.
     return re.sub(r"\.(?!\d)", "", out, count=32)
 
 
 def plain_words(text: str) -> str:
-    """`text` in lower case, number words up to ten as digits, without articles, contractions with their
-    apostrophes."""
+    """Return `text` in lower case, without articles, and with the apostrophes of contractions.
+
+    Number words up to ten become digits.
+    """
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_answer(text: str) -> str:
-    """An answer in the form in which the VQAv2 script compares it."""
+    """Return an answer in the form in which the VQAv2 script compares it."""
     return plain_words(without_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
 
 
 def textvqa_answer(text: str) -> str:
-    """An answer in the form in which the TextVQA script compares it: commas and question marks go first, and
-    a possessive is a word of its own."""
+    """Return an answer in the form in which the TextVQA script compares it.
+
+    Commas and question marks are removed first, and a possessive is a separate word.
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return vqa_answer(text)
 
 
 def agreement(answer: str, references: Sequence[str]) -> float:
-    """Mean over leaving one person out of min(1, others who said the same / 3), in [0, 1]."""
+    """Return the mean, with each person left out in turn, of min(1, others with this answer / 3)."""
     same = sum(reference == answer for reference in references)
     total = sum(min(1.0, (same - (reference == answer)) / 3) for reference in references)
     return total / len(references)
 
 
 def score_textvqa(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """TextVQA accuracy: answer and references in the same normal form."""
+    """Return TextVQA accuracy: answer and references have the same normal form."""
     return mean_score(
         [
             agreement(textvqa_answer(answer), [textvqa_answer(text) for text in example.references])
@@ -94,9 +104,9 @@ def score_textvqa(answers: Sequence[str], examples: Sequence[Example]) -> Score:
 
 
 def score_vqa(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """VQAv2 and OK-VQA accuracy, in the details by type of answer.
+    """Return VQAv2 and OK-VQA accuracy; also by type of answer.
 
-    References keep their words: the script takes only punctuation from them, and only where people disagree.
+    References keep their words: the script removes only their punctuation, and only if people disagree.
     """
     items = []
     for answer, example in zip(answers, examples, strict=True):

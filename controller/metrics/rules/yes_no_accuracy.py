@@ -1,7 +1,7 @@
-"""POPE and MME: questions to be answered by yes or no.
+"""POPE and MME: questions whose answer is yes or no.
 
-POPE follows llava/eval/eval_pope.py of LLaVA (that of github.com/AoiDragon/POPE says the same), MME
-calculation.py of its eval_tool.
+POPE follows llava/eval/eval_pope.py of LLaVA (the script of github.com/AoiDragon/POPE computes the same), and
+MME follows calculation.py of its eval_tool.
 """
 
 from __future__ import annotations
@@ -21,40 +21,43 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def says_no(answer: str) -> bool:
-    """Whether the first sentence has the word "No", "no" or "not" (in these spellings); all else is a yes."""
+    """Return whether the first sentence has the word "No", "no" or "not"; any other answer means yes."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return any(word in words for word in ("No", "not", "no"))
 
 
 def score_pope(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """Mean over the categories of the F1 of "yes"; in the details what each category reports, in percent."""
-    said = np.array([not says_no(answer) for answer in answers])
+    """Return the mean over the categories of the F1 of "yes", in percent; the details hold each category."""
+    predicted = np.array([not says_no(answer) for answer in answers])
     true = np.array([example.references[0] == "yes" for example in examples])
     categories = np.array([example.prompt.source for example in examples])
     details, f1 = {}, []
     for name in dict.fromkeys(categories.tolist()):
-        found = confusion(said[categories == name], true[categories == name])
-        details.update({f"{name}/{key}": value for key, value in found.items()})
-        f1.append(found["F1"])
-    return Score(float(np.mean(f1)), "F1", (said == true).astype(np.float64), details)
+        shares = confusion(predicted[categories == name], true[categories == name])
+        details.update({f"{name}/{key}": value for key, value in shares.items()})
+        f1.append(shares["F1"])
+    return Score(float(np.mean(f1)), "F1", (predicted == true).astype(np.float64), details)
 
 
-def confusion(said: NDArray[np.bool_], true: NDArray[np.bool_]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "yes", and the share of answers that are "yes"; in percent.
+def confusion(predicted: NDArray[np.bool_], true: NDArray[np.bool_]) -> dict[str, float]:
+    """Return accuracy, precision, recall and F1 of "yes", and the share of "yes" among answers, in percent.
 
-    What would divide by zero is 0: a model that never says yes has a precision and an F1 of 0.
+    A share that would divide by zero is 0: a model that never answers yes has a precision and an F1 of 0.
     """
-    hits = float((said & true).sum())
-    precision = hits / max(float(said.sum()), 1.0)
+    hits = float((predicted & true).sum())
+    precision = hits / max(float(predicted.sum()), 1.0)
     recall = hits / max(float(true.sum()), 1.0)
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    accuracy = float((said == true).mean())
+    accuracy = float((predicted == true).mean())
     shares = {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": f1}
-    return {key: 100 * value for key, value in {**shares, "yes-ratio": float(said.mean())}.items()}
+    return {key: 100 * value for key, value in {**shares, "yes-ratio": float(predicted.mean())}.items()}
 
 
 def mme_answer(answer: str) -> str:
-    """ "yes", "no" or "other": the whole answer without points, or what is in its first four characters."""
+    """Return "yes", "no" or "other" by the first four characters of the answer without points.
+
+    An answer of one letter, "y" or "n", counts too.
+    """
     text = answer.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
@@ -62,10 +65,11 @@ def mme_answer(answer: str) -> str:
 
 
 def score_mme(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """Sum over perception's categories of accuracy and accuracy+ (both questions of an image right), each in
-    percent: at most 2,000. In the details every category, and the sums of perception and cognition.
+    """Return the sum over perception's categories of accuracy and accuracy+, in percent: at most 2,000.
 
-    A file of other categories only, as a part of the benchmark, is summed over all of them.
+    Accuracy+ is the share of images whose two questions are both answered right. The details hold every
+    category and the sums of perception and cognition. If the data has no category of perception, the score is
+    the sum over all its categories.
     """
     items = np.array(
         [
@@ -75,17 +79,17 @@ def score_mme(answers: Sequence[str], examples: Sequence[Example]) -> Score:
         dtype=np.float64,
     )
     pairs: dict[str, dict[str, list[float]]] = {}
-    for earned, example in zip(items.tolist(), examples, strict=True):
+    for item, example in zip(items.tolist(), examples, strict=True):
         category = pairs.setdefault(example.prompt.source, {})
-        category.setdefault(example.prompt.image_key, []).append(earned)
+        category.setdefault(example.prompt.image_key, []).append(item)
     details = {}
     for name, images in pairs.items():
         accuracy = np.concatenate(list(images.values())).mean()
-        both = np.mean([all(earned) for earned in images.values()])
+        both = np.mean([all(pair) for pair in images.values()])
         details[name] = 100 * float(accuracy + both)
     for group, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        if there := [details[name] for name in names if name in details]:
-            details[group] = sum(there)
+        if scores := [details[name] for name in names if name in details]:
+            details[group] = sum(scores)
     everything = sum(details[name] for name in pairs)
     return Score(details.get("perception", everything), "perception score", items, details)
 

@@ -1,4 +1,4 @@
-"""Captions: what the libraries are handed, and that what is missing is named."""
+"""Scores of captions on cases worked by hand, and errors that name a missing library or program."""
 
 import json
 import shutil
@@ -29,28 +29,31 @@ def molecules(tokenizer="words", metrics="bleu,rouge"):
 
 
 def test_molecules(chebi):
-    """Eight words, of which the answer to the second has all but one: 14 of 15 words and 11 of 13 pairs are
-    right, and both answers are as long as their references."""
+    """The second answer lacks one of its eight words.
+
+    So 14 of 15 words and 11 of 13 pairs are right, and both answers are as long as their references.
+    """
     examples = molecules().read(chebi, None)
     assert [e.prompt.id for e in examples] == ["7", "8"] and examples[0].references[0].count('"') == 2
-    said = [examples[0].references[0], "The molecule is WATER and does not burn."]
-    found = molecules().score(said, examples)
-    assert found.unit == "BLEU-2" and found.items is None
-    assert found.headline == pytest.approx(100 * (14 / 15 * 11 / 13) ** 0.5)
-    assert found.details["ROUGE-1"] == pytest.approx(100)  # rouge-score does not mind case
-    assert set(found.details) == {"BLEU-2", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L"}
+    answers = [examples[0].references[0], "The molecule is WATER and does not burn."]
+    score = molecules().score(answers, examples)
+    assert score.unit == "BLEU-2" and score.items is None
+    assert score.headline == pytest.approx(100 * (14 / 15 * 11 / 13) ** 0.5)
+    assert score.details["ROUGE-1"] == pytest.approx(100)  # rouge-score ignores case
+    assert set(score.details) == {"BLEU-2", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L"}
 
 
 def test_rouge_counts_words_and_sequences(chebi):
     examples = molecules(metrics="rouge").read(chebi, None)[1:]
-    found = molecules(metrics="rouge").score(["the molecule does burn"], examples)
-    # 4 words said, all right, of 8: F = 2 * 1 * (1/2) / (3/2). 3 pairs, 1 right, of 7: 2 * (1/21) / (10/21).
-    assert found.details["ROUGE-1"] == pytest.approx(100 * 2 / 3)
-    assert found.details["ROUGE-2"] == pytest.approx(20)
-    assert found.unit == "ROUGE-1"
+    score = molecules(metrics="rouge").score(["the molecule does burn"], examples)
+    # All 4 words of the answer are right, of 8: F = 2 * 1 * (1/2) / (3/2). One of its 3 pairs is right, of 7:
+    # F = 2 * (1/21) / (10/21).
+    assert score.details["ROUGE-1"] == pytest.approx(100 * 2 / 3)
+    assert score.details["ROUGE-2"] == pytest.approx(20)
+    assert score.unit == "ROUGE-1"
 
 
-def test_a_models_tokenizer(chebi, tmp_path):
+def test_the_tokenizer_of_a_model(chebi, tmp_path):
     from deepinsert.backbones import load_backbone
 
     load_backbone("tiny", device="cpu").processor.tokenizer.save_pretrained(tmp_path / "tokens")
@@ -64,18 +67,21 @@ def test_a_models_tokenizer(chebi, tmp_path):
     [
         ({}, "--tokenizer: BLEU and METEOR depend on it"),
         ({"tokenizer": "no/such"}, "--tokenizer no/such: "),
-        ({"metrics": "blue"}, "--metrics 'blue': 'blue' is none; choose among bleu, rouge, meteor"),
+        (
+            {"metrics": "blue"},
+            "--metrics 'blue': 'blue' is no metric of this benchmark; choose among bleu, rouge, meteor",
+        ),
         ({"metrics": ","}, "name at least one of"),
         ({"embedder": "tfidf"}, "--embedder tfidf: chebi20 has --tokenizer, --metrics"),
     ],
 )
-def test_settings_that_cannot_be_right(chebi, settings, problem):
+def test_unusable_settings_are_refused(chebi, settings, problem):
+    examples = molecules().read(chebi, None)
     with pytest.raises(ValueError, match=problem):
-        rule = benchmark("chebi20", **settings)
-        rule.score(["a", "b"], rule.read(chebi, None))
+        benchmark("chebi20", **settings).score(["a", "b"], examples)
 
 
-def test_meteor_without_wordnet_says_how_to_get_it(chebi, monkeypatch, tmp_path):
+def test_meteor_without_wordnet_names_the_command_that_installs_it(chebi, monkeypatch, tmp_path):
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nothing")])
     from nltk.corpus import wordnet
 
@@ -86,19 +92,19 @@ def test_meteor_without_wordnet_says_how_to_get_it(chebi, monkeypatch, tmp_path)
         rule.score(["a burning liquid", "water"], rule.read(chebi, None))
 
 
-def test_a_library_that_is_not_there_is_named():
+def test_a_missing_library_is_named():
     with pytest.raises(ValueError, match=r"no_such_library is not installed.*deepinsert\[metrics\]"):
         captions.library("no_such_library.part")
 
 
-def test_captions_of_ones_own(rendered_data):
+def test_captions_of_a_users_own(rendered_data):
     rule = benchmark("captions")
     examples = rule.read(rendered_data, None)[:8]
-    found = rule.score([e.references[0] for e in examples], examples)
-    assert found.unit == "BLEU-4" and found.details["BLEU-2"] == pytest.approx(100)
-    assert found.details["ROUGE-L"] == pytest.approx(100)
-    said = [e.references[0][::-1] if place % 2 else e.references[0] for place, e in enumerate(examples)]
-    assert rule.headline(said, examples) == rule.score(said, examples).headline < 100
+    score = rule.score([e.references[0] for e in examples], examples)
+    assert score.unit == "BLEU-4" and score.details["BLEU-2"] == pytest.approx(100)
+    assert score.details["ROUGE-L"] == pytest.approx(100)
+    answers = [e.references[0][::-1] if row % 2 else e.references[0] for row, e in enumerate(examples)]
+    assert rule.headline(answers, examples) == rule.score(answers, examples).headline < 100
 
 
 def write_coco(folder):
@@ -123,7 +129,7 @@ def test_read_coco_captions(tmp_path):
     assert [e.prompt.id for e in examples] == ["42", "43"] and len(examples[0].references) == 2
 
 
-def test_coco_without_java_says_so(tmp_path, monkeypatch):
+def test_coco_without_java_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     rule = benchmark("coco-captions")
     with pytest.raises(ValueError, match="needs Java"):
@@ -133,7 +139,7 @@ def test_coco_without_java_says_so(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 def test_coco_captions(tmp_path):
-    """An answer that is a reference but for case and point is perfect; METEOR's jar agrees."""
+    """An answer that equals a reference, apart from case and points, has the highest score."""
     pytest.importorskip("pycocoevalcap")
     rule = benchmark("coco-captions")
     examples = rule.read(write_coco(tmp_path), None)
@@ -147,16 +153,17 @@ def test_coco_captions(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
-def test_captions_that_were_divided_need_no_java_again(tmp_path, monkeypatch):
+def test_tokenized_captions_need_no_java_again(tmp_path, monkeypatch):
     """Bootstrap draws score the same texts hundreds of times."""
     pytest.importorskip("pycocoevalcap")
     rule = benchmark("coco-captions", metrics="cider,bleu")
     examples = rule.read(write_coco(tmp_path), None)
-    said = ["a man rides a horse", "A red bus in the city"]
-    whole = rule.score(said, examples)
+    answers = ["a man rides a horse", "A red bus in the city"]
+    whole = rule.score(answers, examples)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert rule.headline(said, examples) == whole.headline > 100
-    assert rule.headline(said[::-1], examples[::-1]) == pytest.approx(whole.headline)  # of the drawn alone
-    assert rule.headline(said[:1], examples[:1]) != whole.headline
+    assert rule.headline(answers, examples) == whole.headline > 100
+    # The score is that of the passed examples alone.
+    assert rule.headline(answers[::-1], examples[::-1]) == pytest.approx(whole.headline)
+    assert rule.headline(answers[:1], examples[:1]) != whole.headline
     with pytest.raises(ValueError, match="needs Java"):
-        rule.headline(["a horse", said[1]], examples)
+        rule.headline(["a horse", answers[1]], examples)

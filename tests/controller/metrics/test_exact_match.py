@@ -1,4 +1,4 @@
-"""Exact match on cases worked by hand."""
+"""Exact match and its normalisation, on cases worked by hand."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""ScienceQA, AI2D, MMBench and MMMU on cases worked by hand, and their files."""
+"""Rules of ScienceQA, AI2D, MMBench and MMMU on cases worked by hand, and readers of their files."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import pytest
 from picture_files import image_base64, image_bytes, save_image
 from pyarrow import parquet
 
-from deepinsert.controller.metrics.benchmark import benchmark, check_images, questions
+from deepinsert.controller.metrics.benchmark import benchmark, check_images, question_rows
 from deepinsert.controller.metrics.rules.multiple_choice import (
     ai2d_letter,
     mmbench_letter,
@@ -31,7 +31,7 @@ OPTIONS = {"A": "a red ball", "B": "dog", "C": "house"}
         ("B\nbecause", "B"),
         ("The answer is C.", "C"),
         ("I think The answer is C since A", "C"),
-        ("The answer is A or The answer is B.", "B"),  # the one with a point is looked for first
+        ("The answer is A or The answer is B.", "B"),  # the pattern with a point comes first
         ("b", ""),
         ("dog", ""),
         ("(B)", ""),
@@ -95,8 +95,8 @@ def test_mmmu_letter(answer, letter):
         ("So the result is the mitral valve", ["Mitral Valve"], True),
         ("aorta", ["vein"], False),
         ("25", ["24"], False),
-        ("124", ["24"], False),  # numbers are equal or not; text would hold "24"
-        ("apple", ["a"], False),  # one letter must stand apart
+        ("124", ["24"], False),  # numbers must be equal; as text it would contain "24"
+        ("apple", ["a"], False),  # a single letter must be a word
         ("class a", ["a"], True),
         ("2.5e3", ["2500"], True),
         ("yes", ["yes", "true"], True),
@@ -110,7 +110,7 @@ def test_mmmu_open_answers(answer, references, right):
 def test_key_phrases():
     assert key_phrases("It is so that the answer is 5.\nFinal: x = 3") == ["5.", "3"]
     assert key_phrases("blue.") == ["blue"]
-    assert key_phrases("x = 1\ny = 2") == ["2"]  # "=" counts in the last line alone
+    assert key_phrases("x = 1\ny = 2") == ["2"]  # "=" counts only in the last line
 
 
 def write_scienceqa(folder):
@@ -136,7 +136,7 @@ def write_scienceqa(folder):
 
 
 def test_scienceqa(tmp_path):
-    """Only the test split's questions with an image."""
+    """The reader returns only questions of the test split that have an image."""
     examples = benchmark("scienceqa").read(write_scienceqa(tmp_path), None)
     check_images(examples)
     assert [e.prompt.id for e in examples] == ["4", "6"]
@@ -144,19 +144,19 @@ def test_scienceqa(tmp_path):
         "Context: Look closely.\nWhich is it?\nA. cat\nB. dog\n"
         "Answer with the option's letter from the given choices directly."
     )
-    found = benchmark("scienceqa").score(["B", "B"], examples)
-    assert found.headline == 50 and found.details == {"natural science": 100, "social science": 0}
+    score = benchmark("scienceqa").score(["B", "B"], examples)
+    assert score.headline == 50 and score.details == {"natural science": 100, "social science": 0}
 
 
-def test_scienceqa_as_llava_asks(tmp_path):
+def test_scienceqa_in_llavas_wording(tmp_path):
     write_scienceqa(tmp_path)
-    said = [{"from": "human", "value": "<image>\nWhich?\nA. cat\nB. dog"}, {"from": "gpt", "value": "B"}]
-    rows = [{"id": "4", "image": "4/image.png", "conversations": said}, {"id": "5", "conversations": said}]
+    turns = [{"from": "human", "value": "<image>\nWhich?\nA. cat\nB. dog"}, {"from": "gpt", "value": "B"}]
+    rows = [{"id": "4", "image": "4/image.png", "conversations": turns}, {"id": "5", "conversations": turns}]
     path = tmp_path / "llava_test_CQM-A.json"
     path.write_text(json.dumps(rows))
-    (found,) = benchmark("scienceqa").read(path, None)
-    assert found.references == ("B",) and found.prompt.question.startswith("Which?\nA. cat")
-    check_images([found])
+    (example,) = benchmark("scienceqa").read(path, None)
+    assert example.references == ("B",) and example.prompt.question.startswith("Which?\nA. cat")
+    check_images([example])
 
 
 def write_mmbench(folder, rows):
@@ -182,15 +182,15 @@ def test_mmbench_makes_every_rotation(tmp_path):
     assert [e.references[0] for e in examples] == ["B", "A", "C", "A", "B"]
     assert examples[1].prompt.question.startswith("Look.\nWhich?\nA. dog\nB. hen\nC. cat\nAnswer with")
     assert examples[1].prompt.load_images()[0].size == (8, 6)
-    assert questions(examples).tolist() == [0, 3]
+    assert question_rows(examples).tolist() == [0, 3]
     # The first question is right each time, the second only as published.
-    found = benchmark("mmbench").score(["B", "A", "C", "A", "A"], examples)
-    assert found.headline == 50 and found.items.tolist() == [1, 1, 1, 0, 0]
-    assert found.details == {"vanilla": 100, "nature": 100, "place": 0}
+    score = benchmark("mmbench").score(["B", "A", "C", "A", "A"], examples)
+    assert score.headline == 50 and score.items.tolist() == [1, 1, 1, 0, 0]
+    assert score.details == {"vanilla": 100, "nature": 100, "place": 0}
 
 
-def test_mmbench_takes_rotations_that_the_file_has(tmp_path):
-    """VLMEvalKit's file: further rows name the row that has the image."""
+def test_mmbench_uses_the_rotations_in_the_file(tmp_path):
+    """In VLMEvalKit's file, further rows name the row that has the image."""
     row = {"index": 7, "question": "Which?", "A": "cat", "B": "dog", "answer": "B", "image": image_base64()}
     turned = {**row, "index": 1000007, "A": "dog", "B": "cat", "answer": "A", "image": 7}
     examples = benchmark("mmbench").read(write_mmbench(tmp_path, [row, turned]), None)
@@ -203,13 +203,13 @@ def test_mmbench_takes_rotations_that_the_file_has(tmp_path):
     ("change", "problem"),
     [
         ({"answer": ""}, r"line 2, field 'answer': '' is no option; the test split"),
-        ({"image": "@@@"}, r"field 'image': no base64 image"),
+        ({"image": "@@@"}, r"field 'image': the text is no base64 image"),
         ({"image": "12"}, r"no row has the image of index 12"),
-        ({"B": ""}, r"field 'B': fewer than two options"),
+        ({"B": ""}, r"field 'B': the question has fewer than two options"),
         ({"index": "x"}, r"field 'index': a whole number"),
     ],
 )
-def test_mmbench_names_what_is_wrong(tmp_path, change, problem):
+def test_errors_of_mmbench_name_row_and_field(tmp_path, change, problem):
     row = {"index": 7, "question": "Which?", "A": "cat", "B": "dog", "answer": "B", "image": image_base64()}
     with pytest.raises(DatasetError, match=problem):
         benchmark("mmbench").read(write_mmbench(tmp_path, [{**row, **change}]), None)
@@ -229,17 +229,22 @@ def write_parquet(path, rows):
 
 def test_ai2d_as_published(tmp_path):
     (tmp_path / "questions").mkdir()
-    asked = {"answerTexts": ["leaf", "root"], "correctAnswer": 1, "questionId": "12.png-0", "abcLabel": False}
-    record = {"imageName": "12.png", "questions": {"What is below?": asked}}
+    question = {
+        "answerTexts": ["leaf", "root"],
+        "correctAnswer": 1,
+        "questionId": "12.png-0",
+        "abcLabel": False,
+    }
+    record = {"imageName": "12.png", "questions": {"What is below?": question}}
     (tmp_path / "questions" / "12.png.json").write_text(json.dumps(record))
     (tmp_path / "questions" / "13.png.json").write_text(json.dumps({**record, "imageName": "13.png"}))
     save_image(tmp_path / "images" / "12.png")
-    with pytest.raises(DatasetError, match=r"no ai2d_test_ids\.csv"):
+    with pytest.raises(DatasetError, match=r"there is no ai2d_test_ids\.csv"):
         benchmark("ai2d").read(tmp_path, None)
     (tmp_path / "ai2d_test_ids.csv").write_text("12\n")
-    (found,) = benchmark("ai2d").read(tmp_path, None)
-    check_images([found])
-    assert found.prompt.id == "12.png-0" and benchmark("ai2d").score(["b."], [found]).headline == 100
+    (example,) = benchmark("ai2d").read(tmp_path, None)
+    check_images([example])
+    assert example.prompt.id == "12.png-0" and benchmark("ai2d").score(["b."], [example]).headline == 100
 
 
 def test_ai2d_as_a_table(tmp_path):
@@ -287,17 +292,17 @@ def test_mmmu(tmp_path):
     assert "(B) O'Keeffe\n\nAnswer with" in first.messages[0]["content"][3]["text"]
     # Images without a mark come first.
     assert [part["type"] for part in examples[1].prompt.messages[0]["content"]] == ["image", "image", "text"]
-    found = benchmark("mmmu").score(["(B)", "It is two.", "B"], examples)
-    assert found.items.tolist() == [1, 1, 0] and found.details["guessed"] == 0
+    score = benchmark("mmmu").score(["(B)", "It is two.", "B"], examples)
+    assert score.items.tolist() == [1, 1, 0] and score.details["guessed"] == 0
 
 
-def test_mmmu_guesses_alike_each_time(tmp_path):
+def test_mmmu_repeats_its_guesses(tmp_path):
     rows = [mmmu_row(number) for number in range(200)]
     path = write_parquet(tmp_path / "validation-00000-of-00001.parquet", rows)
     examples = benchmark("mmmu").read(path, None)
-    found = benchmark("mmmu").score(["?"] * 200, examples)
-    assert found.details["guessed"] == 100 and 35 < found.headline < 65  # two options
-    assert found.items.tolist() == benchmark("mmmu").score(["?"] * 200, examples).items.tolist()
+    score = benchmark("mmmu").score(["?"] * 200, examples)
+    assert score.details["guessed"] == 100 and 35 < score.headline < 65  # two options
+    assert score.items.tolist() == benchmark("mmmu").score(["?"] * 200, examples).items.tolist()
 
 
 @pytest.mark.parametrize(
@@ -305,21 +310,21 @@ def test_mmmu_guesses_alike_each_time(tmp_path):
     [
         ({"answer": "?"}, "'\\?' is no option"),
         ({"options": "['a', "}, "field 'options': a list in brackets"),
-        ({"question": "<image 3> what?"}, "field 'image_3': the question names it"),
+        ({"question": "<image 3> what?"}, "field 'image_3': the question names this image"),
     ],
 )
-def test_mmmu_names_what_is_wrong(tmp_path, change, problem):
+def test_errors_of_mmmu_name_row_and_field(tmp_path, change, problem):
     path = write_parquet(tmp_path / "validation-0.parquet", [mmmu_row(1, **change)])
     with pytest.raises(DatasetError, match=f"row 0.*{problem}"):
         benchmark("mmmu").read(path, None)
 
 
-def test_what_is_no_parquet_is_named(tmp_path):
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
     path = tmp_path / "validation-0.parquet"
     path.write_bytes(b"no")
-    with pytest.raises(DatasetError, match="not a whole Parquet file"):
+    with pytest.raises(DatasetError, match="the file is not a whole Parquet file"):
         benchmark("mmmu").read(path, None)
-    with pytest.raises(DatasetError, match=r"no validation-\*\.parquet in it"):
+    with pytest.raises(DatasetError, match=r"there is no validation-\*\.parquet in it"):
         benchmark("mmmu").read(tmp_path / "none", None)
 
 
@@ -336,17 +341,17 @@ def write_subject(folder):
     ("name", "write"), [("scienceqa", write_scienceqa), ("mmbench", write_rotated), ("mmmu", write_subject)]
 )
 def test_a_damaged_file_is_read_or_refused(tmp_path, name, write):
-    """Cut off, a byte changed, or something else written over a few: never another error, and both happen."""
+    """A file that is cut off or partly overwritten is read, or refused with `DatasetError`; both happen."""
     path = write(tmp_path)
     whole, rng = path.read_bytes(), random.Random(0)
     junk = [b"null", b"{}", b"-1", b"\t", b"\n", b'"', b"\xff", b"NaN", b"\\ud800", b"9" * 30]
     refused = 0
     for _ in range(120):
         at = rng.randrange(len(whole))
-        kept = rng.choice(
+        replacement = rng.choice(
             [b"", bytes([rng.randrange(256)]) + whole[at + 1 :], rng.choice(junk) + whole[at + 5 :]]
         )
-        path.write_bytes(whole[:at] + kept)
+        path.write_bytes(whole[:at] + replacement)
         try:
             examples = benchmark(name).read(path, None)
             benchmark(name).score(["B"] * len(examples), examples)

@@ -1,4 +1,4 @@
-"""`deepinsert score`: answers made anywhere, matched with their questions and scored."""
+"""`deepinsert score` matches answers with their questions and scores them."""
 
 import json
 
@@ -16,13 +16,13 @@ def write_rows(path, rows):
     return path
 
 
-def answered(rendered_data):
+def examples_and_answers(rendered_data):
     examples = benchmark("instructions").read(rendered_data, None)
     return examples, [{"id": e.prompt.id, "prediction": e.prompt.answer} for e in examples]
 
 
 def test_score(rendered_data, tmp_path, capsys):
-    examples, rows = answered(rendered_data)
+    examples, rows = examples_and_answers(rendered_data)
     rows[0]["prediction"] = ""
     answers = write_rows(tmp_path / "answers.jsonl", reversed(rows))
     options = ScoreOptions(data=rendered_data, answers=answers, out=tmp_path / "out")
@@ -35,36 +35,39 @@ def test_score(rendered_data, tmp_path, capsys):
     assert [row["score"] for row in scores] == [0.0] + [1.0] * (len(examples) - 1)
     assert f"accuracy {share:.2f}" in capsys.readouterr().out
     answers.unlink()
-    answers.write_text("")  # a finished run is shown, not repeated
+    answers.write_text("")  # a finished run is printed, not repeated
     assert run(options) == result
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda rows: rows[2:], r"no answer to 2 of \d+ questions \('"),
+        (lambda rows: rows[2:], r"there is no answer to 2 of \d+ questions \('"),
         (lambda rows: [*rows, rows[0]], "was already answered in .*line 1"),
         (lambda rows: [*rows, {"id": "?", "prediction": "x"}], "field 'id': the data has no question '\\?'"),
-        (lambda rows: [{"prediction": "x"}], "field 'id': the answer does not say its question"),
-        (lambda rows: [{"id": rows[0]["id"]}], "field 'prediction': no answer"),
+        (lambda rows: [{"prediction": "x"}], "field 'id': the answer does not name its question"),
+        (lambda rows: [{"id": rows[0]["id"]}], "field 'prediction': the record has no answer"),
         (lambda rows: [{**rows[0], "prediction": None}], "field 'prediction': text is expected"),
-        (lambda rows: [{**rows[0], "prediction": "\ud83d no"}], "line 1, field 'prediction': broken Unicode"),
+        (
+            lambda rows: [{**rows[0], "prediction": "\ud83d no"}],
+            "line 1, field 'prediction': the text has broken Unicode",
+        ),
         (
             lambda rows: [{"id": rows[0]["id"], "answer": "no", "pred": "yes"}],
-            "field 'answer': it could be the answer, and so could 'pred'",
+            "field 'answer': it could be the answer, and 'pred' could be too",
         ),
         (lambda rows: ["x"], "a record with named fields is expected"),
-        (lambda rows: [], "no record in it"),
+        (lambda rows: [], "there is no record in it"),
     ],
 )
-def test_answers_that_do_not_belong_are_named(rendered_data, tmp_path, change, problem):
-    examples, rows = answered(rendered_data)
+def test_answers_that_do_not_fit_the_questions_are_refused(rendered_data, tmp_path, change, problem):
+    examples, rows = examples_and_answers(rendered_data)
     path = write_rows(tmp_path / "answers.jsonl", change(rows))
     with pytest.raises(DatasetError, match=problem):
         read_answers(path, examples)
 
 
-def test_llava_answers_to_one_image_are_told_apart_by_their_prompt(tmp_path):
+def test_llava_answers_to_one_image_are_distinguished_by_their_prompt(tmp_path):
     save_image(tmp_path / "color" / "a.jpg")
     lines = "Is it red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n"
     (tmp_path / "color" / "a.txt").write_text(lines)
@@ -75,11 +78,12 @@ def test_llava_answers_to_one_image_are_told_apart_by_their_prompt(tmp_path):
     ]
     assert read_answers(write_rows(tmp_path / "answers.jsonl", rows), examples) == ["Yes", "No"]
     for row in rows:
-        row["question_id"] = "color/images/a.png"  # as LLaVA names most; the image need not be there
+        # LLaVA names most images in this way. The image need not exist.
+        row["question_id"] = "color/images/a.png"
     assert read_answers(write_rows(tmp_path / "answers.jsonl", rows), examples) == ["Yes", "No"]
 
 
-def test_llava_answers_to_scienceqa_hold_questions_that_do_not_count(tmp_path):
+def test_llava_answers_to_uncounted_questions_of_scienceqa_are_ignored(tmp_path):
     problem = {"question": "Which?", "choices": ["cat", "dog"], "answer": 1, "image": "image.png"}
     problems = {"3": problem, "4": {**problem, "image": None}}
     (tmp_path / "problems.json").write_text(json.dumps(problems))
@@ -95,7 +99,7 @@ def test_llava_answers_to_scienceqa_hold_questions_that_do_not_count(tmp_path):
     assert result["headline"] == 100 and result["questions"] == 1
 
 
-def test_llava_answers_to_textvqa_are_told_apart_by_their_prompt(tmp_path):
+def test_llava_answers_to_textvqa_are_distinguished_by_their_prompt(tmp_path):
     rows = [
         {"question_id": n, "image_id": "0a1b", "question": f"What is {n}?", "answers": [str(n)] * 10}
         for n in (34602, 34603)
@@ -103,7 +107,7 @@ def test_llava_answers_to_textvqa_are_told_apart_by_their_prompt(tmp_path):
     data = tmp_path / "TextVQA_0.5.1_val.json"
     data.write_text(json.dumps({"data": rows}))
     examples = benchmark("textvqa").read(data, None)
-    said = [
+    records = [
         {
             "question_id": "0a1b",
             "text": f"It: {n}",
@@ -111,14 +115,14 @@ def test_llava_answers_to_textvqa_are_told_apart_by_their_prompt(tmp_path):
         }
         for n in (34603, 34602)
     ]
-    found = read_answers(write_rows(tmp_path / "answers.jsonl", said), examples)
-    assert found == ["It: 34602", "It: 34603"]
-    said[1]["prompt"] = "What is 3?"
+    answers = read_answers(write_rows(tmp_path / "answers.jsonl", records), examples)
+    assert answers == ["It: 34602", "It: 34603"]
+    records[1]["prompt"] = "What is 3?"
     with pytest.raises(DatasetError, match="the data has no question '0a1b'"):
-        read_answers(write_rows(tmp_path / "answers.jsonl", said), examples)
+        read_answers(write_rows(tmp_path / "answers.jsonl", records), examples)
 
 
-def test_llava_answers_to_mmbench_say_the_rotation(tmp_path):
+def test_llava_answers_to_mmbench_name_their_rotation(tmp_path):
     line = ["7", "Which?", "cat", "dog", "B", image_base64()]
     (tmp_path / "m.tsv").write_text(
         "\t".join(["index", "question", "A", "B", "answer", "image"]) + "\n" + "\t".join(line)
@@ -128,7 +132,7 @@ def test_llava_answers_to_mmbench_say_the_rotation(tmp_path):
     assert read_answers(write_rows(tmp_path / "answers.jsonl", rows), examples) == ["B", "A"]
 
 
-def test_a_json_list_and_a_clips_path_will_do(tmp_path):
+def test_answers_may_be_a_json_list_and_name_clips_by_path(tmp_path):
     (tmp_path / "esc50.csv").write_text("filename,category\na.wav,dog\nb.wav,rain\n")
     (tmp_path / "answers.json").write_text(
         json.dumps([{"audio_id": "/x/b.wav", "pred": "rain"}, {"audio_id": "a", "pred": "a dog"}])
@@ -145,11 +149,11 @@ def test_a_json_list_and_a_clips_path_will_do(tmp_path):
     assert json.loads((out / "result.json").read_text())["settings"] == {"embedder": "tfidf"}
 
 
-def test_options_name_every_benchmark():
+def test_the_help_names_every_benchmark():
     import inspect
 
-    said = inspect.getsource(ScoreOptions)
-    assert [name for name in BENCHMARKS if name not in said] == []
+    source = inspect.getsource(ScoreOptions)
+    assert [name for name in BENCHMARKS if name not in source] == []
 
 
 def test_a_benchmark_may_be_a_folder_and_nothing_is_written_for_a_wrong_name(tmp_path):
@@ -158,7 +162,7 @@ def test_a_benchmark_may_be_a_folder_and_nothing_is_written_for_a_wrong_name(tmp
     with pytest.raises(ValueError, match=r"'pop'.*choose instructions"):
         run(ScoreOptions(benchmark="pop", data=tmp_path, answers=answers, out=out))
     assert not out.exists()
-    with pytest.raises(DatasetError, match=r"no coco_pope_random\.json"):
+    with pytest.raises(DatasetError, match=r"there is no coco_pope_random\.json"):
         run(ScoreOptions(benchmark="pope", data=tmp_path, answers=answers, out=out))
     with pytest.raises(ValueError, match="--answers"):
         run(ScoreOptions(data=answers, answers=tmp_path / "none", out=out))

@@ -1,39 +1,41 @@
-"""Sounds: labels by nearness, mean average precision, and the files that label them."""
+"""Benchmarks of sounds: the nearest label, mean average precision, and readers of their label files."""
 
 import json
 
 import numpy as np
 import pytest
 
-from deepinsert.controller.metrics.benchmark import BENCHMARKS, askable, benchmark
+from deepinsert.controller.metrics.benchmark import BENCHMARKS, benchmark, promptable_benchmark
 from deepinsert.controller.metrics.rules.embedders import similarities
-from deepinsert.controller.metrics.rules.sound_labels import heard, label_text, mean_average_precision
+from deepinsert.controller.metrics.rules.sound_labels import answer_text, label_text, mean_average_precision
 from deepinsert.envs.data.media import DatasetError
 
 
-def test_answers_and_labels_are_worded_alike():
-    assert heard('Audio caption: "A Dog barks".') == "sound of a dog barks."
+def test_answers_and_labels_have_the_same_form():
+    assert answer_text('Audio caption: "A Dog barks".') == "sound of a dog barks."
     assert label_text("Dog_bark") == "sound of dog bark"
 
 
 def test_mean_average_precision():
-    """First class: hits at ranks 1 and 3: (1/1 + 2/3) / 2 = 5/6. Second: its hit at rank 2: 1/2. No clip has
-    the third."""
+    """The first class has hits at ranks 1 and 3: (1/1 + 2/3) / 2 = 5/6. The second has one at rank 2: 1/2.
+
+    No clip has the third class.
+    """
     true = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=bool)
     scores = np.array([[0.9, 0.8, 0.5], [0.8, 0.7, 0.5], [0.7, 0.1, 0.5], [0.1, 0.0, 0.5]])
-    found = mean_average_precision(true, scores)
-    assert found.headline == pytest.approx(100 * (5 / 6 + 1 / 2) / 2)
-    assert found.unit == "mAP" and found.items is None and found.details == {"classes": 2}
+    score = mean_average_precision(true, scores)
+    assert score.headline == pytest.approx(100 * (5 / 6 + 1 / 2) / 2)
+    assert score.unit == "mAP" and score.items is None and score.details == {"classes": 2}
 
 
-def test_tfidf_prefers_the_label_whose_words_are_said():
+def test_tfidf_prefers_the_label_with_the_words_of_the_answer():
     labels = ["sound of dog", "sound of church bells", "sound of clock tick"]
-    found = similarities(["sound of a clock ticking", "sound of dogs", "sound of dogs"], labels, "tfidf")
-    assert found.shape == (3, 3) and found.argmax(axis=1).tolist() == [2, 0, 0]
+    cosines = similarities(["sound of a clock ticking", "sound of dogs", "sound of dogs"], labels, "tfidf")
+    assert cosines.shape == (3, 3) and cosines.argmax(axis=1).tolist() == [2, 0, 0]
     assert similarities(labels, labels, "tfidf").diagonal() == pytest.approx(1)
 
 
-def test_an_embedder_must_be_named_and_nothing_stands_in_for_it():
+def test_an_embedder_must_be_named():
     with pytest.raises(ValueError, match=r'--embedder: .*"tfidf"'):
         similarities(["a"], ["b"], "")
     with pytest.raises(ValueError, match="--embedder no/such"):
@@ -42,12 +44,12 @@ def test_an_embedder_must_be_named_and_nothing_stands_in_for_it():
         benchmark("pope", embedder="tfidf")
 
 
-def test_sounds_are_scored_not_asked():
+def test_sounds_are_only_scored():
     names = ("esc50", "vocalsound", "vggsound", "fsd50k", "audioset")
-    assert not any(BENCHMARKS[name].askable for name in names)
+    assert not any(BENCHMARKS[name].promptable for name in names)
     with pytest.raises(ValueError, match=r"--benchmark esc50: .*deepinsert score"):
-        askable("esc50")
-    assert askable("pope").name == "pope"
+        promptable_benchmark("esc50")
+    assert promptable_benchmark("pope").name == "pope"
 
 
 def test_esc50(tmp_path):
@@ -59,14 +61,16 @@ def test_esc50(tmp_path):
     rule = benchmark("esc50", embedder="tfidf")
     examples = rule.read(tmp_path / "esc50.csv", None)
     assert [e.prompt.id for e in examples] == ["1-0-A-0", "1-1-A-1", "1-2-A-2"]
-    found = rule.score(["A dog.", "bells of a church", "a dog"], examples)
-    assert found.items.tolist() == [1, 1, 0] and rule.settings == {"embedder": "tfidf"}
+    score = rule.score(["A dog.", "bells of a church", "a dog"], examples)
+    assert score.items.tolist() == [1, 1, 0] and rule.settings == {"embedder": "tfidf"}
     (tmp_path / "esc50.csv").write_text("file,category\na.wav,dog\n")
-    with pytest.raises(DatasetError, match=r"esc50\.csv: no column 'filename' .* file, category"):
+    with pytest.raises(
+        DatasetError, match=r"esc50\.csv: the first line has no column 'filename'; it has: file, category"
+    ):
         rule.read(tmp_path / "esc50.csv", None)
 
 
-def test_an_answer_like_no_label_is_wrong(tmp_path):
+def test_an_answer_that_is_similar_to_no_label_is_wrong(tmp_path):
     (tmp_path / "esc50.csv").write_text("filename,category\na.wav,dog\nb.wav,rain\n")
     rule = benchmark("esc50", embedder="tfidf")
     examples = rule.read(tmp_path / "esc50.csv", None)
@@ -85,9 +89,9 @@ def test_vocalsound(tmp_path):
     path = tmp_path / "datafiles" / "te.json"
     path.write_text(json.dumps({"data": [row]}))
     rule = benchmark("vocalsound", embedder="tfidf")
-    (found,) = rule.read(path, None)
-    assert found.prompt.id == "f0003_0_throatclearing" and found.references == ("Throat clearing",)
-    assert rule.score(["someone clearing the throat"], [found]).headline == 100
+    (example,) = rule.read(path, None)
+    assert example.prompt.id == "f0003_0_throatclearing" and example.references == ("Throat clearing",)
+    assert rule.score(["someone clearing the throat"], [example]).headline == 100
     path.write_text(json.dumps({"data": [{**row, "labels": "/m/x"}]}))
     with pytest.raises(DatasetError, match=r"data\[0\], field 'labels': '/m/x' is no label"):
         rule.read(path, None)
@@ -103,7 +107,7 @@ def test_vggsound(tmp_path):
     assert [e.prompt.id for e in examples] == ["a1_000030", "c3_000000"]
     assert rule.score(["a woman speaks", "a woman speaks"], examples).headline == 50
     path.write_text("a1,30,dog\n")
-    with pytest.raises(DatasetError, match="line 1: 3 columns, 4 are expected"):
+    with pytest.raises(DatasetError, match="line 1: the line has 3 columns, 4 are expected"):
         rule.read(path, None)
 
 
@@ -115,8 +119,8 @@ def test_fsd50k(tmp_path):
     rule = benchmark("fsd50k", embedder="tfidf")
     examples = rule.read(tmp_path / "eval.csv", None)
     assert examples[0].prompt.id == "37199" and examples[0].references == ("Dog", "Rain")
-    found = rule.score(["a dog in the rain", "a church bell"], examples)
-    assert found.headline == 100 and found.details == {"classes": 3}
+    score = rule.score(["a dog in the rain", "a church bell"], examples)
+    assert score.headline == 100 and score.details == {"classes": 3}
 
 
 def test_audioset(tmp_path):

@@ -1,4 +1,4 @@
-"""VQA accuracy on cases worked by hand, and the files of TextVQA, VQAv2 and OK-VQA."""
+"""VQA accuracy on cases worked by hand, and readers of TextVQA, VQAv2 and OK-VQA."""
 
 import json
 
@@ -19,8 +19,8 @@ def example(*references, **facts):
 
 
 @pytest.mark.parametrize(
-    ("same", "earned"),
-    # Of ten people `same` gave the answer: same of them see same - 1 others, the other 10 - same see same.
+    ("same", "score"),
+    # Of ten people, `same` gave the answer. Each of these has same - 1 others, the other people have same.
     [
         (0, 0.0),
         (1, 9 / 10 * 1 / 3),
@@ -30,8 +30,8 @@ def example(*references, **facts):
         (10, 1.0),
     ],
 )
-def test_agreement_leaves_one_person_out(same, earned):
-    assert agreement("red", ["red"] * same + ["blue"] * (10 - same)) == pytest.approx(earned)
+def test_agreement_leaves_one_person_out(same, score):
+    assert agreement("red", ["red"] * same + ["blue"] * (10 - same)) == pytest.approx(score)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=10), st.sampled_from("abcd"))
@@ -53,7 +53,7 @@ def test_agreement_is_a_share(references, answer):
         ("left-hand", "left hand"),
         ("left - hand", "left hand"),
         ("1,000", "1000"),
-        ("1,000-2", "10002"),  # a comma between digits makes every mark vanish
+        ("1,000-2", "10002"),  # with a comma between digits, every mark is removed
         ("3.5", "3.5"),
         ("St. John.", "st john"),
         ("yes, it is", "yes it is"),
@@ -81,12 +81,12 @@ def test_textvqa_answer(text, plain):
 
 
 def test_textvqa_normalises_answer_and_references():
-    found = benchmark("textvqa").score(["The STOP."], [example(*["stop"] * 8, "Stop.", "halt")])
-    assert found.headline == 100 and found.items.tolist() == [1.0]
+    score = benchmark("textvqa").score(["The STOP."], [example(*["stop"] * 8, "Stop.", "halt")])
+    assert score.headline == 100 and score.items.tolist() == [1.0]
 
 
-def test_vqav2_takes_articles_from_the_answer_alone():
-    """Its script takes punctuation from references, where people disagree, and leaves their words."""
+def test_vqav2_removes_articles_only_from_the_answer():
+    """The script removes punctuation from references if people disagree, and keeps their words."""
     rule = benchmark("vqav2").score
     assert rule(["the dog"], [example(*["dog"] * 10)]).headline == 100
     assert rule(["the dog"], [example(*["the dog"] * 10)]).headline == 0
@@ -137,17 +137,17 @@ def test_read_textvqa(textvqa):
     ],
 )
 def test_read_llava_textvqa(textvqa, text):
-    """LLaVA's question id is the image's; the question finds the answers."""
+    """LLaVA's question id is that of the image; the text of the question identifies the answers."""
     row = {"question_id": "003a8ae2ef43b901", "image": "003a8ae2ef43b901.jpg", "text": text}
     path = textvqa / "llava_textvqa_val_v051_ocr.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    (found,) = benchmark("textvqa").read(path, None)
-    assert found.prompt.id == "34603" and found.prompt.question == text
-    assert found.prompt.load_images()
+    (example,) = benchmark("textvqa").read(path, None)
+    assert example.prompt.id == "34603" and example.prompt.question == text
+    assert example.prompt.load_images()
 
 
 def write_coco(folder, prefix, answers):
-    asked = {"image_id": 42, "question": "What is it?", "question_id": 42000}
+    question = {"image_id": 42, "question": "What is it?", "question_id": 42000}
     truth = {
         "image_id": 42,
         "question_id": 42000,
@@ -156,7 +156,7 @@ def write_coco(folder, prefix, answers):
         "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(answers, 1)],
     }
     path = folder / f"{prefix}OpenEnded_mscoco_val2014_questions.json"
-    path.write_text(json.dumps({"data_subtype": "val2014", "questions": [asked]}))
+    path.write_text(json.dumps({"data_subtype": "val2014", "questions": [question]}))
     (folder / f"{prefix}mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": [truth]}))
     save_image(folder / "val2014" / "COCO_val2014_000000000042.jpg")
     return path
@@ -167,12 +167,12 @@ def test_read_vqa(tmp_path, name, prefix):
     path = write_coco(tmp_path, prefix, ["cat"] * 6 + ["dog"] * 4)
     examples = benchmark(name).read(path, None)
     check_images(examples)
-    (found,) = examples
-    assert found.prompt.id == "42000" and found.prompt.source == name and found.prompt.answer == "cat"
+    (example,) = examples
+    assert example.prompt.id == "42000" and example.prompt.source == name and example.prompt.answer == "cat"
     assert benchmark(name).score(["Dog."], examples).headline == 100
 
 
-def test_wrong_files_are_named(tmp_path):
+def test_files_that_do_not_belong_are_named(tmp_path):
     path = write_coco(tmp_path, "v2_", ["cat"])
     (tmp_path / "v2_mscoco_val2014_annotations.json").rename(tmp_path / "away.json")
     with pytest.raises(DatasetError, match=r"put v2_mscoco_val2014_annotations.json there"):
@@ -181,16 +181,16 @@ def test_wrong_files_are_named(tmp_path):
         benchmark("vqav2").read(tmp_path / "away.json", None)
     bad = tmp_path / "TextVQA_0.5.1_val.json"
     bad.write_text('{"data": [{"question_id": 1, "question": "?", "image_id": "x"}]}')
-    with pytest.raises(DatasetError, match=r"data\[0\], field 'answers': none; the test split"):
+    with pytest.raises(DatasetError, match=r"data\[0\], field 'answers': there is none; the test split"):
         benchmark("textvqa").read(bad, None)
     bad.write_text("[1, 2")
-    with pytest.raises(DatasetError, match="not JSON"):
+    with pytest.raises(DatasetError, match="the file is not JSON"):
         benchmark("textvqa").read(bad, None)
     with pytest.raises(DatasetError, match="No such file"):
         benchmark("textvqa").read(tmp_path / "none.json", None)
 
 
-def test_a_missing_image_is_found_before_work_begins(textvqa):
+def test_a_missing_image_is_named_before_work_begins(textvqa):
     examples = benchmark("textvqa").read(textvqa / "TextVQA_0.5.1_val.json", None)
     (textvqa / "train_images" / "003a8ae2ef43b901.jpg").unlink()
     with pytest.raises(DatasetError, match=r"data\[0\].*No such file.*--image-root"):
@@ -212,6 +212,6 @@ def test_unknown_benchmark_lists_the_names():
 
 def test_instructions_are_scored_by_exact_match(rendered_data):
     examples = benchmark("instructions").read(rendered_data, None)
-    found = benchmark("instructions").score([e.prompt.answer.upper() for e in examples], examples)
-    assert found.headline == 100 and len(found.items) == len(examples)
-    assert set(found.details) == {e.prompt.source for e in examples}
+    score = benchmark("instructions").score([e.prompt.answer.upper() for e in examples], examples)
+    assert score.headline == 100 and len(score.items) == len(examples)
+    assert set(score.details) == {e.prompt.source for e in examples}

@@ -1,4 +1,4 @@
-"""POPE, MME and GQA on cases worked by hand, and their files."""
+"""Rules of POPE, MME and GQA on cases worked by hand, and readers of their files."""
 
 import json
 
@@ -19,7 +19,7 @@ from deepinsert.envs.prompts import Prompt
         ("no, there is none", True),
         ("There is not a dog.", True),
         ("Yes. There is no cat.", False),  # only the first sentence counts
-        ("Nothing there", False),  # a word, not its beginning
+        ("Nothing there", False),  # "No" must be a whole word
         ("NO", False),  # the script knows three spellings
         ("It isn't", False),
         ("", False),
@@ -35,22 +35,24 @@ def pope_example(category, label):
 
 
 def test_pope_is_the_mean_of_three_f1():
-    """random: 2 hits, 1 false alarm, 1 miss: precision 2/3, recall 2/3, F1 2/3. popular: all right, F1 1.
-    adversarial: never yes, F1 0."""
+    """The F1 of random is 2/3 (2 hits, 1 false alarm, 1 miss: precision 2/3, recall 2/3).
+
+    In popular all answers are right (F1 1), and in adversarial none is yes (F1 0).
+    """
     labels = {
         "random": ["yes", "yes", "yes", "no", "no"],
         "popular": ["yes", "no"],
         "adversarial": ["yes", "no"],
     }
-    said = ["Yes", "yes", "No", "Yes", "no", "yes", "no", "no", "no"]
+    answers = ["Yes", "yes", "No", "Yes", "no", "yes", "no", "no", "no"]
     examples = [pope_example(category, label) for category in labels for label in labels[category]]
-    found = benchmark("pope").score(said, examples)
-    assert found.headline == pytest.approx(100 * (2 / 3 + 1 + 0) / 3) and found.unit == "F1"
-    assert found.items.tolist() == [1, 1, 0, 0, 1, 1, 1, 0, 1]
-    assert found.details["random/precision"] == pytest.approx(100 * 2 / 3)
-    assert found.details["random/accuracy"] == pytest.approx(60)
-    assert found.details["random/yes-ratio"] == pytest.approx(60)
-    assert found.details["adversarial/precision"] == 0
+    score = benchmark("pope").score(answers, examples)
+    assert score.headline == pytest.approx(100 * (2 / 3 + 1 + 0) / 3) and score.unit == "F1"
+    assert score.items.tolist() == [1, 1, 0, 0, 1, 1, 1, 0, 1]
+    assert score.details["random/precision"] == pytest.approx(100 * 2 / 3)
+    assert score.details["random/accuracy"] == pytest.approx(60)
+    assert score.details["random/yes-ratio"] == pytest.approx(60)
+    assert score.details["adversarial/precision"] == 0
 
 
 def write_pope(folder):
@@ -72,15 +74,15 @@ def test_read_pope(tmp_path):
     alone = benchmark("pope").read(tmp_path / "coco_pope_popular.json", None)
     assert [e.prompt.id for e in alone] == ["popular/1", "popular/2"]
     (tmp_path / "coco_pope_random.json").unlink()
-    with pytest.raises(DatasetError, match=r"no coco_pope_random\.json there"):
+    with pytest.raises(DatasetError, match=r"there is no coco_pope_random\.json; POPE"):
         benchmark("pope").read(tmp_path, None)
 
 
 def test_read_llava_pope(tmp_path):
-    """LLaVA's file numbers all questions; the labels are those of each category's own order."""
+    """LLaVA's file numbers all questions; each category's labels are in the order of its own file."""
     (tmp_path / "coco").mkdir()
     write_pope(tmp_path / "coco")
-    asked = [("adversarial", "adversarial"), ("popular", "dog"), ("adversarial", "dog")]
+    questions = [("adversarial", "adversarial"), ("popular", "dog"), ("adversarial", "dog")]
     rows = [
         {
             "question_id": n,
@@ -88,7 +90,7 @@ def test_read_llava_pope(tmp_path):
             "text": f"Is there a {thing}?\nAnswer the question using a single word or phrase.",
             "category": category,
         }
-        for n, (category, thing) in enumerate(asked)
+        for n, (category, thing) in enumerate(questions)
     ]
     path = tmp_path / "llava_pope_test.jsonl"
     path.write_text("\n".join(json.dumps(rows[n]) for n in (1, 2)))
@@ -96,7 +98,7 @@ def test_read_llava_pope(tmp_path):
     assert [(e.prompt.id, e.references[0]) for e in examples] == [("1", "yes"), ("2", "yes")]
     check_images(examples)
     path.write_text(json.dumps(rows[0]))
-    with pytest.raises(DatasetError, match=r"not the question of .*adversarial\.json, line 1"):
+    with pytest.raises(DatasetError, match=r"it is not the question of .*adversarial\.json, line 1"):
         benchmark("pope").read(path, None)
 
 
@@ -133,33 +135,33 @@ def write_mme(folder):
 
 
 def test_mme_adds_accuracy_and_accuracy_plus(tmp_path):
-    """color: 3 of 4 right, one of two images whole: 75 + 50. artwork: all right: 200. code: all wrong: 0."""
+    """In color, 3 of 4 answers and 1 of 2 images are right (75 + 50); all in artwork (200), none in code."""
     write_mme(tmp_path)
     examples = benchmark("mme").read(tmp_path, None)
     check_images(examples)
     assert [e.prompt.id for e in examples[:2]] == ["artwork/a.png#1", "artwork/a.png#2"]
     assert examples[0].prompt.question == "Is it a?\nAnswer the question using a single word or phrase."
-    said = [e.references[0].title() for e in examples]
+    answers = [e.references[0].title() for e in examples]
     for index, example in enumerate(examples):
         if example.prompt.id == "color/b.png#2":
-            said[index] = "Yes"
+            answers[index] = "Yes"
         if example.prompt.source == "code_reasoning":
-            said[index] = "maybe"
-    found = benchmark("mme").score(said, examples)
-    assert found.details == {
+            answers[index] = "maybe"
+    score = benchmark("mme").score(answers, examples)
+    assert score.details == {
         "artwork": 200,
         "code_reasoning": 0,
         "color": 125,
         "perception": 325,
         "cognition": 0,
     }
-    assert found.headline == 325 and found.items.sum() == 7
+    assert score.headline == 325 and score.items.sum() == 7
 
 
-def test_mme_names_a_file_that_is_none(tmp_path):
+def test_mme_names_the_line_that_it_cannot_read(tmp_path):
     write_mme(tmp_path)
     (tmp_path / "color" / "a.txt").write_text("Is it a?\tYes\n")
-    with pytest.raises(DatasetError, match=r"a\.txt: 1 questions; MME asks two"):
+    with pytest.raises(DatasetError, match=r"a\.txt: the file has 1 questions; MME asks two"):
         benchmark("mme").read(tmp_path, None)
     (tmp_path / "color" / "a.txt").write_text("Is it a?\tYes\nIs it b? maybe\n")
     with pytest.raises(DatasetError, match=r"a\.txt, line 2: a question, a tab"):
@@ -191,20 +193,20 @@ def test_gqa(tmp_path):
     path = write_gqa(tmp_path)
     examples = benchmark("gqa").read(path, None)
     check_images(examples)
-    found = benchmark("gqa").score(["No.", "dark red"], examples)
-    assert found.headline == 50 and found.details == {"verify": 100, "query": 0}
+    score = benchmark("gqa").score(["No.", "dark red"], examples)
+    assert score.headline == 50 and score.details == {"verify": 100, "query": 0}
 
 
-def test_llava_gqa_chooses_and_words_the_questions(tmp_path):
+def test_llava_gqa_selects_and_words_the_questions(tmp_path):
     write_gqa(tmp_path)
-    asked = tmp_path / "llava_gqa_testdev_balanced.jsonl"
-    asked.write_text(json.dumps({"question_id": "202", "image": "n1.jpg", "text": "Which?\nShort."}) + "\n")
-    (found,) = benchmark("gqa").read(asked, None)
+    path = tmp_path / "llava_gqa_testdev_balanced.jsonl"
+    path.write_text(json.dumps({"question_id": "202", "image": "n1.jpg", "text": "Which?\nShort."}) + "\n")
+    (example,) = benchmark("gqa").read(path, None)
     assert (
-        found.prompt.id == "202"
-        and found.prompt.question == "Which?\nShort."
-        and found.references == ("red",)
+        example.prompt.id == "202"
+        and example.prompt.question == "Which?\nShort."
+        and example.references == ("red",)
     )
-    asked.write_text(json.dumps({"question_id": "9", "image": "n1.jpg", "text": "Which?"}) + "\n")
+    path.write_text(json.dumps({"question_id": "9", "image": "n1.jpg", "text": "Which?"}) + "\n")
     with pytest.raises(DatasetError, match=r"line 1, field 'question_id': .* no question '9'"):
-        benchmark("gqa").read(asked, None)
+        benchmark("gqa").read(path, None)
