@@ -156,6 +156,7 @@ class Comparison:
         return np.intersect1d(self.groups[group], question_rows(self.examples))
 
     def clusters(self, rows: NDArray[np.int64]) -> list[str]:
+        """The image key of each of the rows, by which the bootstrap draws."""
         return [self.examples[row].prompt.image_key for row in rows]
 
     def mean_and_difference(
@@ -299,4 +300,6 @@ def by_source(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.int64]]:
 
 def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """At most `count` of `rows`, evenly spaced."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    chosen: NDArray[np.int64] = rows[places]
+    return chosen

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from numpy.typing import NDArray
 from deepinsert.controller.answers.batched import generate_answers, losses_and_flops
 from deepinsert.controller.finetuning.model_card import update_results
 from deepinsert.controller.metrics.benchmark import Benchmark, Example, check_images, promptable_benchmark
-from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import EvaluateOptions
 from deepinsert.controller.prompt_selection import read_data
 from deepinsert.controller.runs.atomic_files import atomic_file, to_json
-from deepinsert.controller.runs.folder import read_result, start_run, write_result
+from deepinsert.controller.runs.command import run_command
 from deepinsert.controller.runs.machine import machine_facts
 from deepinsert.envs.prompts import Prompt, prompts_from
 
@@ -45,12 +45,11 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     variant that is not a finished run of finetune or a policy of another backbone, `DatasetError` for data
     that cannot be used.
     """
-    check(options)
-    out = start_run(options)
-    if (out / "result.json").is_file():
-        result = read_result(out)
-        print(table(result))
-        return result
+    return run_command(options, partial(evaluate, options), table)
+
+
+def evaluate(options: EvaluateOptions, out: Path) -> dict[str, Any]:
+    """Measure the variants, write everything but `result.json` to the run folder, and return the result."""
     bench = promptable_benchmark(options.benchmark, metrics=options.metrics)
     examples, skipped = read_examples(options, bench)
     bench.score([""], examples[:1])  # a library that the rule misses must not show after hours of answers
@@ -67,7 +66,7 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         options.max_new_tokens,
         options.score_samples,
     )
-    result = {
+    measurements = {
         "benchmark": {"name": bench.name, "source": bench.source, "settings": bench.settings},
         "variants": [comparison.row(index) for index in range(len(variants))],
         "baseline": variants[0].name,
@@ -81,12 +80,10 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
             "machine": machine_facts(),
         },
     }
-    result = to_json(result)
+    result: dict[str, Any] = to_json(measurements)
     plot(result, out / "evaluate.png")
     write_table1([result], out)
     update_cards(variants, result, options.data.name, (out / "table1.md").read_text("utf-8"))
-    write_result(out, result)
-    print(table(result))
     return result
 
 

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import ReportOptions
 from deepinsert.controller.runs.atomic_files import atomic_file, write_json
-from deepinsert.controller.runs.folder import read_config, read_result, start_run, write_result
+from deepinsert.controller.runs.command import run_command
+from deepinsert.controller.runs.folder import read_config, read_result
 from deepinsert.controller.runs.machine import describe_machine
 
 from .evaluation_pictures import figure1, layer_of
@@ -34,18 +35,22 @@ def run(options: ReportOptions) -> dict[str, Any]:
     Raises `ValueError` for a folder that is not of a finished evaluate, and for evaluations whose variants
     have nothing in common.
     """
-    check(options)
-    out = start_run(options)
+
+    def summary(result: dict[str, Any]) -> str:
+        return (Path(options.out) / "table1.md").read_text("utf-8")
+
+    return run_command(options, partial(join, options), summary, reuse=False)
+
+
+def join(options: ReportOptions, out: Path) -> dict[str, Any]:
+    """Read the evaluations, write their common Table 1 and Figure 1, and return the table."""
     results = []
     for name, folder in zip(variant_names(options.runs, "--runs"), options.runs, strict=True):
         config = read_config(folder)
         if config is None or config["command"] != "evaluate" or not (folder / "result.json").is_file():
             raise ValueError(f"--runs {folder}: not the folder of a finished evaluate")
         results.append(read_result(folder) | {"run": name})
-    found = write_table1(results, out)
-    write_result(out, found)
-    print((out / "table1.md").read_text("utf-8"))
-    return found
+    return write_table1(results, out)
 
 
 def write_table1(results: Sequence[Result], out: Path) -> dict[str, Any]:

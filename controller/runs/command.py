@@ -22,6 +22,7 @@ def run_command(
     summary: Callable[[Result], str],
     *,
     growing: Sequence[str] = (),
+    free: Sequence[str] = (),
     reuse: bool = True,
 ) -> Result:
     """Run a command in its folder `options.out`, and return what its `result.json` holds.
@@ -32,14 +33,15 @@ def run_command(
             finish their part; then nothing is written and the returned result is empty.
         summary: renders a result for the terminal.
         growing: options that may differ from those of the run in the folder, because the command extends it.
+        free: options that may differ because they do not change the result, such as a number of processes.
         reuse: whether a finished run with the same options is read instead of computed again.
 
     Raises:
         ValueError: an option cannot be used, or the folder holds another run.
     """
     check(options)
-    is_finished = reuse and same_run(options) and (Path(options.out) / "result.json").is_file()
-    out = start_run(options, growing)
+    is_finished = reuse and same_run(options, free) and (Path(options.out) / "result.json").is_file()
+    out = start_run(options, (*growing, *free))
     if is_finished:
         print(f"{out} is finished; nothing to do", file=sys.stderr)
     else:

@@ -66,11 +66,14 @@ def start_run(options: RunOptions | Any, growing: Sequence[str] = ()) -> Path:
     return out
 
 
-def same_run(options: RunOptions | Any) -> bool:
-    """Return whether `options.out` holds a run of this command with these options, finished or not."""
+def same_run(options: RunOptions | Any, free: Sequence[str] = ()) -> bool:
+    """Return whether `options.out` holds a run of this command with these options, finished or not.
+
+    The options named in `free` may differ.
+    """
     previous = read_config(Path(options.out))
     config = {"command": command_of(options), "options": to_json(dataclasses.asdict(options))}
-    return previous is not None and not run_differences(previous, config)
+    return previous is not None and not run_differences(previous, config, free)
 
 
 def run_differences(

@@ -57,7 +57,7 @@ def run(options: LayerStudyOptions) -> dict[str, Any]:
     `ValueError` where the folder holds another study, or for options that cannot be used; `DatasetError` for
     data that cannot.
     """
-    return run_command(options, partial(study_layers, options), page, growing=FREE)
+    return run_command(options, partial(study_layers, options), page, free=FREE)
 
 
 def study_layers(options: LayerStudyOptions, out: Path) -> dict[str, Any]:
