@@ -1,1 +1,1 @@
-"""Variants beside the baseline: figures, measured times, tables and pictures."""
+"""Comparison of variants with a baseline: figures, measured times, tables and pictures."""

@@ -1,65 +1,73 @@
-"""Variants beside the baseline, over all prompts and by source: every figure of `result.json`."""
+"""Variants compared with the baseline, over all prompts and by source: every figure of `result.json`."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepinsert.controller.metrics.benchmark import Benchmark, Example, Score, question_rows
-from deepinsert.controller.runs.progress_bars import progress_bar
-from deepinsert.controller.statistics import (
-    bootstrap_scores,
-    mcnemar,
-    mean_interval,
-    paired_interval,
-    percentile_interval,
-)
+from deepinsert.controller.statistics import mcnemar, mean_interval, paired_interval, percentile_interval
 from deepinsert.envs.prompts import Prompt
 
+from .resampled_scores import ResampledScores
 from .timing import Timing, measure_cache, time_variants
 from .variants import Variant
 
-ALL = ""  # the group of all prompts; no source has an empty name
-CACHE_SAMPLE = 16  # prompts of each source whose cache is weighed
+ALL = ""
+"""The group of all prompts; no source has an empty name."""
+CACHE_SAMPLE = 16
+"""The number of prompts per source whose KV cache is measured."""
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a variant made of P prompts: answers, what they earned, and losses in nats (P), NaN where there is
-    no reference to compute one on.
+    """The outcome of a variant on P prompts.
 
-    `flops` (P, 2) are those of the prefill at the variant's insert layer and at layer 0.
+    Attributes:
+        answers: the answers (P).
+        score: the benchmark's score of the answers.
+        losses: the losses in nats (P); NaN where there is no reference answer.
+        flops: the prefill FLOPs (P, 2) at the variant's insert layer and at layer 0.
     """
 
     answers: list[str]
     score: Score
-    losses: NDArray[np.float64]
-    flops: NDArray[np.float64]
+    losses: FloatArray
+    flops: FloatArray
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was measured of V variants on P prompts; the first variant is the baseline.
+    """All measurements of V variants on P prompts; the first variant is the baseline.
 
-    `groups` names rows of prompts: each source's, and all under `ALL`. `timings[group][variant]` are of a
-    batch of the group, `caches[variant][source]` (sampled prompts, 2) bytes as measured and by the formula.
+    Attributes:
+        variants: the variants (V).
+        benchmark: the benchmark, with its rule.
+        examples: its questions (P).
+        predictions: the outcome of each variant (V).
+        groups: rows of prompts: those of each source, and all under `ALL`.
+        timings: the timing of each variant (V) on one batch of a group, by group.
+        caches: for each variant (V), the bytes (sampled prompts, 2) of the KV cache as measured and by the
+            formula, by source.
+        score_samples: the number of bootstrap samples of scores that are not means.
     """
 
     variants: Sequence[Variant]
     benchmark: Benchmark
     examples: Sequence[Example]
     predictions: Sequence[Predictions]
-    groups: dict[str, NDArray[np.int64]]
-    timings: dict[str, list[Timing]]
-    caches: list[dict[str, NDArray[np.float64]]]
+    groups: Mapping[str, IntArray]
+    timings: Mapping[str, list[Timing]]
+    caches: Sequence[Mapping[str, FloatArray]]
     score_samples: int
-    copies: dict[tuple[int, int], Example] = field(default_factory=dict, repr=False)
-    drawn: dict[int, NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def measure(
@@ -68,32 +76,39 @@ class Comparison:
         benchmark: Benchmark,
         examples: Sequence[Example],
         predictions: Sequence[Predictions],
+        *,
         batch_size: int,
         repeats: int,
         max_new_tokens: int,
         score_samples: int,
     ) -> Comparison:
-        """Time the variants in turns on a batch of each source, and weigh their caches."""
+        """Time the variants in turns on a batch of each source, and measure their caches.
+
+        Args:
+            variants: the variants (V).
+            benchmark: the benchmark, with its rule.
+            examples: its questions (P).
+            predictions: the outcome of each variant (V).
+            batch_size: the number of prompts in a timed batch.
+            repeats: the number of timed repeats.
+            max_new_tokens: the longest answer.
+            score_samples: the number of bootstrap samples of scores that are not means.
+        """
         prompts = [example.prompt for example in examples]
         groups = by_source(prompts)
         sources = {name: rows for name, rows in groups.items() if name != ALL}
 
-        # With one source its batch would be that of all prompts.
-        timed = groups if len(sources) > 1 else {ALL: groups[ALL]}
-        batches = {name: spread(rows, batch_size) for name, rows in timed.items()}
+        # With one source, its batch would be that of all prompts.
+        timed_groups = groups if len(sources) > 1 else {ALL: groups[ALL]}
+        batches = {name: spread(rows, batch_size) for name, rows in timed_groups.items()}
         timings = time_variants(variants, prompts, batches, repeats, max_new_tokens)
-        weighed = {name: spread(rows, CACHE_SAMPLE) for name, rows in sources.items()}
+        cache_samples = {name: spread(rows, CACHE_SAMPLE) for name, rows in sources.items()}
         caches = [
             {
-                name: np.array(
-                    measure_cache(
-                        variant.backbone,
-                        [prompts[row] for row in rows],
-                        variant.insert_layers[rows].tolist(),
-                    ),
-                    dtype=np.float64,
+                name: measure_cache(
+                    variant.backbone, [prompts[row] for row in rows], variant.insert_layers[rows].tolist()
                 )
-                for name, rows in weighed.items()
+                for name, rows in cache_samples.items()
             }
             for variant in variants
         ]
@@ -101,11 +116,11 @@ class Comparison:
 
     @property
     def sources(self) -> list[str]:
-        """Names of the sources, in order."""
+        """The names of the sources, in order."""
         return [name for name in self.groups if name != ALL]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Figures of one variant over all prompts and, under `per_source`, for each source."""
+        """Return the figures of one variant over all prompts, and per source under `per_source`."""
         variant = self.variants[index]
         return {
             "name": variant.name,
@@ -120,30 +135,32 @@ class Comparison:
         }
 
     def figures(self, index: int, group: str) -> dict[str, Any]:
-        """Figures of one variant on one group; differences and ratios of time are against the baseline.
+        """Return the figures of one variant on one group.
 
-        Intervals are at 95 %, clustered by image; FLOPs and cache bytes are means over prompts.
+        Differences and ratios of time are against the baseline. Intervals are at 95 %, clustered by image.
+        FLOPs and cache bytes are means over prompts.
         """
         rows = self.groups[group]
-        mine, first = self.predictions[index], self.predictions[0]
-        flops, stock = mine.flops[rows].mean(axis=0)
-        measured, formula = self.cache(index, group)
-        known = rows[~np.isnan(mine.losses[rows])]
+        variant, baseline = self.predictions[index], self.predictions[0]
+        flops, stock_flops = variant.flops[rows].mean(axis=0)
+        measured_bytes, formula_bytes = self.cache(index, group)
+        rows_with_loss = rows[~np.isnan(variant.losses[rows])]
+        questions = self.question_rows(group)
         return {
             "prompts": len(rows),
             **self.layers(index, rows),
-            **self.mean_and_difference("accuracy", mine.score.items, first.score.items, self.asked(group)),
+            **self.mean_and_difference("accuracy", variant.score.items, baseline.score.items, questions),
             "significance": self.significance(index, group),
-            **self.mean_and_difference("loss", mine.losses, first.losses, known),
+            **self.mean_and_difference("loss", variant.losses, baseline.losses, rows_with_loss),
             "flops": flops,
-            "flops_ratio": flops / stock,
+            "flops_ratio": flops / stock_flops,
             **self.times(index, group),
-            "kv_cache_bytes": measured,
-            "kv_cache_bytes_formula": formula,
+            "kv_cache_bytes": measured_bytes,
+            "kv_cache_bytes_formula": formula_bytes,
         }
 
-    def layers(self, index: int, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """What a policy chose: mean layer and counts by layer, of the prompts that have an image."""
+    def layers(self, index: int, rows: IntArray) -> dict[str, Any]:
+        """Return the mean layer and the count per layer that a policy chose for prompts with an image."""
         variant = self.variants[index]
         if variant.policy is None:
             return {}
@@ -151,155 +168,139 @@ class Comparison:
         counts = {str(layer): int((chosen == layer).sum()) for layer in variant.policy.insert_layers}
         return {"mean_insert_layer": chosen.mean() if len(chosen) else None, "histogram": counts}
 
-    def asked(self, group: str) -> NDArray[np.int64]:
-        """Rows of a group, one for each question where a benchmark asks it several times."""
+    def question_rows(self, group: str) -> IntArray:
+        """Return the rows of a group, one per question even if a benchmark asks it several times."""
         return np.intersect1d(self.groups[group], question_rows(self.examples))
 
-    def clusters(self, rows: NDArray[np.int64]) -> list[str]:
-        """The image key of each of the rows, by which the bootstrap draws."""
+    def images(self, rows: IntArray) -> list[str]:
+        """Return the image of each row, the cluster of the bootstrap."""
         return [self.examples[row].prompt.image_key for row in rows]
 
     def mean_and_difference(
-        self,
-        name: str,
-        mine: NDArray[np.float64] | None,
-        first: NDArray[np.float64] | None,
-        rows: NDArray[np.int64],
+        self, name: str, variant: FloatArray | None, baseline: FloatArray | None, rows: IntArray
     ) -> dict[str, Any]:
-        """A mean with its interval, and how far it lies from the baseline's, prompt by prompt; None for all
-        where there is nothing to take a mean of."""
+        """Return a mean and its difference from the baseline, paired by prompt, both with intervals.
+
+        Args:
+            name: the name of the figure; the results' keys begin with it.
+            variant: the values of the variant (P), if it has any.
+            baseline: the values of the baseline (P), if it has any.
+            rows: the rows over which the mean is taken; without rows all results are None.
+        """
         names = (name, f"{name}_interval", f"{name}_difference", f"{name}_difference_interval")
-        if mine is None or first is None or not len(rows):
+        if variant is None or baseline is None or not len(rows):
             return dict.fromkeys(names)
-        mean = mean_interval(mine[rows], self.clusters(rows))
-        difference = paired_interval(mine[rows], first[rows], self.clusters(rows))
-        found = (mean.mean, [mean.low, mean.high], difference.mean, [difference.low, difference.high])
-        return dict(zip(names, found, strict=True))
+        mean = mean_interval(variant[rows], self.images(rows))
+        difference = paired_interval(variant[rows], baseline[rows], self.images(rows))
+        figures = (mean.mean, [mean.low, mean.high], difference.mean, [difference.low, difference.high])
+        return dict(zip(names, figures, strict=True))
 
     def significance(self, index: int, group: str) -> dict[str, Any] | None:
-        """McNemar's exact test against the baseline on the same questions; None for the baseline itself, and
-        where answers earn more than wrong or right: the interval of the difference says it there."""
-        mine, first = self.predictions[index].score.items, self.predictions[0].score.items
-        if index == 0 or mine is None or first is None:
+        """Return McNemar's exact test against the baseline on the same questions.
+
+        It is None for the baseline itself, and if an answer can be partly right; the interval of the
+        difference shows the significance then.
+        """
+        items, baseline_items = self.predictions[index].score.items, self.predictions[0].score.items
+        if index == 0 or items is None or baseline_items is None:
             return None
-        pair = np.stack([mine, first])[:, self.asked(group)]
+        pair = np.stack([items, baseline_items])[:, self.question_rows(group)]
         if not np.isin(pair, (0, 1)).all():
             return None
         variant, baseline, p_value = mcnemar(*pair)
         return {"test": "McNemar", "only_variant": variant, "only_baseline": baseline, "p_value": p_value}
 
     def scores(self, index: int) -> dict[str, Any]:
-        """The benchmark's own number with its interval, how far it lies from the baseline's, and details."""
-        score, first = self.predictions[index].score, self.predictions[0].score
-        rows = self.asked(ALL)
-        if is_mean(score, rows) and is_mean(first, rows):
-            percent, others = (100 * np.asarray(each.items)[rows] for each in (score, first))
-            found = mean_interval(percent, self.clusters(rows))
-            apart = paired_interval(percent, others, self.clusters(rows))
+        """Return the benchmark's own score, its difference from the baseline's, intervals, and details."""
+        score, baseline = self.predictions[index].score, self.predictions[0].score
+        rows = self.question_rows(ALL)
+        if is_mean(score, rows) and is_mean(baseline, rows):
+            percent, baseline_percent = (100 * np.asarray(each.items)[rows] for each in (score, baseline))
+            interval = mean_interval(percent, self.images(rows))
+            difference = paired_interval(percent, baseline_percent, self.images(rows))
         else:
-            found = percentile_interval(score.headline, self.draws(index))
-            apart = percentile_interval(score.headline - first.headline, self.draws(index) - self.draws(0))
+            draws, baseline_draws = self.resampled[index], self.resampled[0]
+            interval = percentile_interval(score.headline, draws)
+            difference = percentile_interval(score.headline - baseline.headline, draws - baseline_draws)
         return {
             "score": score.headline,
-            "score_interval": [found.low, found.high],
-            "score_difference": score.headline - first.headline,
-            "score_difference_interval": [apart.low, apart.high],
+            "score_interval": [interval.low, interval.high],
+            "score_difference": score.headline - baseline.headline,
+            "score_difference_interval": [difference.low, difference.high],
             "unit": score.unit,
             "details": score.details,
         }
 
-    def draws(self, index: int) -> NDArray[np.float64]:
-        """The benchmark's number of a variant for `score_samples` bootstrap draws of the questions."""
-        if index not in self.drawn:
-            label = f"{self.variants[index].name}: interval of {self.benchmark.name}"
-            turns = progress_bar(range(self.score_samples), label)
-
-            def score(drawn: NDArray[np.int64]) -> float:
-                next(turns)
-                return self.headline(index, drawn)
-
-            every = self.clusters(self.groups[ALL])
-            self.drawn[index] = bootstrap_scores(score, len(every), every, self.score_samples)
-        return self.drawn[index]
-
-    def headline(self, index: int, drawn: NDArray[np.int64]) -> float:
-        """The benchmark's number of a variant for drawn questions, in their order."""
-        answers = self.predictions[index].answers
-        copies: Counter[int] = Counter()
-        chosen = []
-        for row in drawn.tolist():
-            chosen.append(self.copy(row, copies[row]))
-            copies[row] += 1
-        return self.benchmark.headline([answers[row] for row in drawn], chosen)
-
-    def copy(self, row: int, number: int) -> Example:
-        """An example drawn once more: to a rule that puts questions together, one about another image."""
-        example = self.examples[row]
-        if number == 0:
-            return example
-        if (row, number) not in self.copies:
-            prompt = example.prompt
-            key = f"{prompt.image_key} copy {number}"
-            own = replace(prompt, id=f"{prompt.id} copy {number}", image_key=key)
-            group = {"group": (example.facts["group"], number)} if "group" in example.facts else {}
-            self.copies[row, number] = replace(example, prompt=own, facts={**example.facts, **group})
-        return self.copies[row, number]
+    @cached_property
+    def resampled(self) -> list[FloatArray]:
+        """The benchmark's score of each variant (V) in bootstrap samples of the questions (samples)."""
+        scores = ResampledScores(self.benchmark, self.examples, self.score_samples)
+        return [
+            scores.headlines(predictions.answers, variant.name)
+            for predictions, variant in zip(self.predictions, self.variants, strict=True)
+        ]
 
     def throughput(self, index: int) -> dict[str, Any]:
-        """Questions and tokens of text a second in whole answers to a batch, and peak memory in bytes (CUDA
-        only, else None)."""
-        made = self.timings[ALL][index].generations
-        size = self.timings[ALL][index].batch_size
+        """Return questions and tokens per second for whole answers to a batch, and peak memory in bytes.
+
+        Memory is measured on CUDA only, and None elsewhere.
+        """
+        timing = self.timings[ALL][index]
+        generations = timing.generations
         rates = {
-            "questions_per_second": [size / each.seconds for each in made],
-            "tokens_per_second": [each.tokens / each.seconds for each in made],
+            "questions_per_second": [timing.batch_size / each.seconds for each in generations],
+            "tokens_per_second": [each.tokens / each.seconds for each in generations],
         }
-        found: dict[str, Any] = {}
-        for name, values in rates.items():
-            low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-            found |= {name: median, f"{name}_quartiles": [low, high]}
-        peaks = [each.peak_bytes for each in made if each.peak_bytes is not None]
-        return found | {"peak_memory_bytes": max(peaks, default=None)}
+        peaks = [each.peak_bytes for each in generations if each.peak_bytes is not None]
+        return medians_and_quartiles(rates) | {"peak_memory_bytes": max(peaks, default=None)}
 
     def times(self, index: int, group: str) -> dict[str, Any]:
-        """Median times in ms with quartiles, and ratios against the baseline in the same repeats."""
+        """Return median times in ms with quartiles, and ratios to the baseline in the same repeats."""
         timings = self.timings.get(group, self.timings[ALL])
-        mine, first = timings[index], timings[0]
-        values = {
-            "prefill_ms": np.array(mine.prefill_ms),
-            "decode_ms": np.array(mine.decode_ms),
-            "time_ratio": np.divide(mine.prefill_ms, first.prefill_ms),
-            "decode_time_ratio": np.divide(mine.decode_ms, first.decode_ms),
+        variant, baseline = timings[index], timings[0]
+        values: dict[str, Sequence[float] | FloatArray] = {
+            "prefill_ms": variant.prefill_ms,
+            "decode_ms": variant.decode_ms,
+            "time_ratio": np.divide(variant.prefill_ms, baseline.prefill_ms),
+            "decode_time_ratio": np.divide(variant.decode_ms, baseline.decode_ms),
         }
         if self.variants[index].policy is not None:
-            values["choice_ms"] = np.array(mine.choice_ms)
-        found: dict[str, Any] = {"batch_size": mine.batch_size}
-        for name, measured in values.items():
-            low, median, high = np.quantile(measured, [0.25, 0.5, 0.75])
-            found |= {name: median, f"{name}_quartiles": [low, high]}
-        return found
+            values["choice_ms"] = variant.choice_ms
+        return {"batch_size": variant.batch_size, **medians_and_quartiles(values)}
 
-    def cache(self, index: int, group: str) -> NDArray[np.float64]:
-        """Mean bytes of a prompt's cache, measured and by the formula; a source weighs as its prompts do."""
+    def cache(self, index: int, group: str) -> FloatArray:
+        """Return the mean bytes (2) of a prompt's KV cache, measured and by the formula.
+
+        A source is weighted by the number of its prompts.
+        """
         names = self.sources if group == ALL else [group]
         means = np.array([self.caches[index][name].mean(axis=0) for name in names])
         return np.average(means, axis=0, weights=[len(self.groups[name]) for name in names])
 
 
-def is_mean(score: Score, rows: NDArray[np.int64]) -> bool:
-    """Whether a benchmark's number is the mean, in percent, of what questions (at `rows`) earn."""
+def medians_and_quartiles(values: Mapping[str, Sequence[float] | FloatArray]) -> dict[str, Any]:
+    """Return the median of each list of values under its name, and the quartiles under NAME_quartiles."""
+    figures: dict[str, Any] = {}
+    for name, repeats in values.items():
+        low, median, high = np.quantile(repeats, [0.25, 0.5, 0.75])
+        figures |= {name: median, f"{name}_quartiles": [low, high]}
+    return figures
+
+
+def is_mean(score: Score, rows: IntArray) -> bool:
+    """Return whether a benchmark's score is the mean, in percent, of the scores of its questions `rows`."""
     return score.items is not None and bool(np.isclose(score.headline, 100 * score.items[rows].mean()))
 
 
-def by_source(prompts: Sequence[Prompt]) -> dict[str, NDArray[np.int64]]:
-    """Rows of all prompts, under `ALL`, and of those of each source, in order of name."""
+def by_source(prompts: Sequence[Prompt]) -> dict[str, IntArray]:
+    """Return the rows of all prompts under `ALL`, and those of each source in the order of names."""
     sources = np.array([prompt.source for prompt in prompts])
     groups = {str(source): np.flatnonzero(sources == source) for source in np.unique(sources)}
     return {ALL: np.arange(len(prompts)), **groups}
 
 
-def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """At most `count` of `rows`, evenly spaced."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
-    chosen: NDArray[np.int64] = rows[places]
-    return chosen
+def spread(rows: IntArray, count: int) -> IntArray:
+    """Return at most `count` of `rows`, evenly spaced."""
+    positions = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    selected: IntArray = rows[positions]
+    return selected

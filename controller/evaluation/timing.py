@@ -1,7 +1,7 @@
-"""Measured time and memory: prefill and decode of variants side by side, bytes of the real cache.
+"""Measured time and memory: prefill and decoding of variants in turns, and the bytes of the real KV cache.
 
-Each forward that `generate` makes is timed where the model is called, the device synchronised before and
-after: what is measured is what a user of `generate` waits for.
+Every forward of `generate` is timed where the model is called, and the device is synchronised before and
+after it, so the measured time is the time that a user of `generate` waits.
 """
 
 from __future__ import annotations
@@ -29,82 +29,99 @@ DECODE_TOKENS = 8
 
 @dataclass
 class Forwards:
-    """Milliseconds of the forwards of one `generate`: the prefill, then one for each further token."""
+    """Measurements of one `generate`."""
 
     milliseconds: list[float] = field(default_factory=list)
+    """The time of each forward: the prefill, then one per further token."""
     cache_bytes: int = 0
-    """Bytes of all keys and values after the prefill, for the whole batch."""
+    """The bytes of all keys and values after the prefill, for the whole batch."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Repeated measurements of one batch: a value of each for every repeat, in ms."""
+    """Repeated measurements of one batch; each list holds one value per repeat, in ms."""
 
     batch_size: int
     prefill_ms: list[float]
     decode_ms: list[float]
-    """Per new token of the whole batch, mean over a repeat's tokens."""
+    """The time per new token of the whole batch, as the mean over a repeat's tokens."""
     choice_ms: list[float]
-    """In which a policy chose the layers, words and images read included; 0 without one."""
+    """The time in which a policy chose the layers, including the processing of texts and images; 0 without a
+    policy."""
     generations: list[Generation]
-    """Of the first named batch alone: answers as `generate` gives them, whatever their length."""
+    """Whole answers from `generate`, whatever their length; measured for the first batch only."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Answers to one batch, from its words and images on: seconds, tokens of text, and peak bytes.
-
-    `peak_bytes` are those of this variant's weights and of what the generation adds; None but on CUDA, where
-    the allocator counts them.
-    """
+    """The generation of answers to one batch, from the prompts' texts and images to the answers' texts."""
 
     seconds: float
     tokens: int
+    """Tokens of the answers, without special tokens."""
     peak_bytes: int | None
+    """The bytes of this variant's weights and of what the generation adds; None except on CUDA, where the
+    allocator counts them."""
 
 
 def time_variants(
     variants: Sequence[Variant],
     prompts: Sequence[Prompt],
-    batches: Mapping[str, NDArray[Any]],
+    batches: Mapping[str, NDArray[np.int64]],
     repeats: int,
     max_new_tokens: int,
     new_tokens: int = DECODE_TOKENS,
 ) -> dict[str, list[Timing]]:
-    """Time every variant on each named batch, rows of `prompts`, each at the variant's insert layer for it; a
-    list in the order of `variants` for each name.
+    """Time every variant on each batch, each prompt at the variant's insert layer for it.
 
-    A repeat goes through all variants, the order turned around each time, so that whatever else slows the
-    machine falls on all of them. Warm-up repeats are not counted. Prefill and decode are those of exactly
-    `new_tokens` tokens; whole answers, of the first batch, may be `max_new_tokens` long.
+    One repeat goes through all variants, and every second repeat in reverse order, so that other load on the
+    machine affects all of them. Warm-up repeats are not recorded.
+
+    Args:
+        variants: the variants (V).
+        prompts: all prompts (P).
+        batches: the rows of `prompts` in each batch, by the batch's name.
+        repeats: the number of recorded repeats.
+        max_new_tokens: the longest whole answer, which is generated for the first batch only.
+        new_tokens: the exact number of tokens over which prefill and decoding are timed.
+
+    Returns:
+        One timing per variant (V), by the batch's name.
     """
     rounds = [(name, repeat) for name in batches for repeat in range(-WARM_UP, repeats)]
+    first_name = next(iter(batches), None)
     inputs: list[dict[str, torch.Tensor]] = []
-    found: dict[str, list[Timing]] = {}
+    timings: dict[str, list[Timing]] = {}
     for name, repeat in progress_bar(rounds, "timing"):
-        asked = [prompts[row] for row in batches[name]]
-        if name not in found:
-            found[name] = [Timing(len(asked), [], [], [], []) for _ in variants]
-            inputs = [generation_inputs(variant.backbone, asked) for variant in variants]
+        batch = [prompts[row] for row in batches[name]]
+        if name not in timings:
+            timings[name] = [Timing(len(batch), [], [], [], []) for _ in variants]
+            inputs = [generation_inputs(variant.backbone, batch) for variant in variants]
         order = list(range(len(variants)))
         for index in order if repeat % 2 == 0 else reversed(order):
-            variant, timing = variants[index], found[name][index]
+            variant = variants[index]
             layers = variant.insert_layers[batches[name]].tolist()
             with variant.backbone.insert_at(layers):
                 forwards = time_forwards(variant.backbone, inputs[index], new_tokens)
-            choice = time_choice(variant, asked)
-            first = name == next(iter(batches))
-            whole = time_generation(variant, asked, layers, max_new_tokens) if first else None
+            choice_ms = time_choice(variant, batch)
+            is_first = name == first_name
+            generation = time_generation(variant, batch, layers, max_new_tokens) if is_first else None
             if repeat >= 0:
-                timing.prefill_ms.append(forwards.milliseconds[0])
-                timing.decode_ms.append(float(np.mean(forwards.milliseconds[1:])))
-                timing.choice_ms.append(choice)
-                timing.generations.extend([] if whole is None else [whole])
-    return found
+                _record(timings[name][index], forwards, choice_ms, generation)
+    return timings
+
+
+def _record(timing: Timing, forwards: Forwards, choice_ms: float, generation: Generation | None) -> None:
+    """Append the measurements of one repeat."""
+    timing.prefill_ms.append(forwards.milliseconds[0])
+    timing.decode_ms.append(float(np.mean(forwards.milliseconds[1:])))
+    timing.choice_ms.append(choice_ms)
+    if generation is not None:
+        timing.generations.append(generation)
 
 
 def time_choice(variant: Variant, prompts: Sequence[Prompt]) -> float:
-    """Milliseconds in which a policy chooses the layers of a batch, from its words on; 0 without a policy."""
+    """Return the milliseconds in which a policy chooses the layers of a batch; 0 without a policy."""
     if variant.policy is None:
         return 0.0
     started = time.perf_counter()
@@ -116,32 +133,43 @@ def time_choice(variant: Variant, prompts: Sequence[Prompt]) -> float:
 def time_generation(
     variant: Variant, prompts: Sequence[Prompt], insert_layers: Sequence[int], max_new_tokens: int
 ) -> Generation:
-    """Answer a batch greedily, as a user would wait for it: layers chosen, images read, tokens made, text."""
+    """Answer a batch greedily and measure the time that a user waits.
+
+    It includes the choice of layers, the reading of images, the generation of tokens and their decoding to
+    text.
+
+    Args:
+        variant: the variant.
+        prompts: the prompts of the batch (B).
+        insert_layers: their insert layers (B).
+        max_new_tokens: the longest answer.
+    """
     backbone, device = variant.backbone, variant.backbone.device
     model: Any = backbone.model
-    before = 0
+    bytes_before = 0
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        bytes_before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     if variant.policy is not None:
         variant.policy.layers(backbone, prompts, variant.skip_weight)
     inputs = generation_inputs(backbone, prompts)
     with backbone.insert_at(insert_layers), torch.inference_mode():
-        made = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-    told = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    backbone.tokenizer.batch_decode(made[:, told:], skip_special_tokens=True)
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    answers = tokens[:, prompt_length:]
+    backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
     synchronise(device)
     seconds = time.perf_counter() - started
     special = torch.tensor(backbone.tokenizer.all_special_ids, device=device)
     peak = None
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) - before + model.get_memory_footprint()
-    return Generation(seconds, int((~torch.isin(made[:, told:], special)).sum()), peak)
+        peak = torch.cuda.max_memory_allocated(device) - bytes_before + model.get_memory_footprint()
+    return Generation(seconds, int((~torch.isin(answers, special)).sum()), peak)
 
 
 def time_forwards(backbone: Backbone, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Forwards:
-    """Generate exactly `new_tokens` tokens for each row, greedily, and time each forward on the way."""
+    """Generate exactly `new_tokens` tokens per row, greedily, and time each forward."""
     model: Any = backbone.model
     with timed(backbone) as forwards, torch.inference_mode():
         model.generate(
@@ -152,7 +180,7 @@ def time_forwards(backbone: Backbone, inputs: Mapping[str, torch.Tensor], new_to
 
 @contextmanager
 def timed(backbone: Backbone) -> Iterator[Forwards]:
-    """Time every forward of the model in this block, and weigh the cache that the first one leaves."""
+    """Time every forward of the model in this block, and measure the cache after the first one."""
     forwards = Forwards()
     started = 0.0
 
@@ -179,24 +207,26 @@ def timed(backbone: Backbone) -> Iterator[Forwards]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a `transformers` cache holds."""
+    """Return the bytes of the keys and values in a `transformers` cache."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def measure_cache(
     backbone: Backbone, prompts: Sequence[Prompt], insert_layers: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Bytes of the cache after the prefill of each prompt alone at its insert layer: measured, and by
-    `CostModel`'s formula."""
+) -> NDArray[np.float64]:
+    """Return the bytes (P, 2) of the KV cache after each prompt's prefill: measured, and by `CostModel`.
+
+    Each of the P prompts is computed alone, at its own insert layer.
+    """
     costs = CostModel.from_model(backbone.model)
     placeholders = torch.tensor(sorted(backbone.placeholder_ids), device=backbone.device)
-    found = []
+    sizes = []
     for prompt, layer in zip(prompts, insert_layers, strict=True):
         inputs = generation_inputs(backbone, [prompt])
         multimodal = int(torch.isin(inputs["input_ids"], placeholders).sum())
         text = inputs["input_ids"].shape[1] - multimodal
         formula = costs.kv_cache_bytes(text, multimodal, layer)
         with backbone.insert_at(layer):
-            found.append((time_forwards(backbone, inputs, 1).cache_bytes, formula))
-    return found
+            sizes.append((time_forwards(backbone, inputs, 1).cache_bytes, formula))
+    return np.array(sizes, dtype=np.float64)

@@ -17,7 +17,7 @@ import numpy as np
 
 from deepinsert.backbones import load_backbone
 from deepinsert.controller.evaluation.evaluate import run as run_evaluate
-from deepinsert.controller.evaluation.report import table as evaluate_table
+from deepinsert.controller.evaluation.evaluation_summary import summary as evaluate_summary
 from deepinsert.controller.learning.train_policy import run as run_training
 from deepinsert.controller.learning.train_policy import split_prompts
 from deepinsert.controller.option_checks import check
@@ -192,7 +192,7 @@ def blocks(study: Study) -> dict[str, str | None]:
         "weights": f"{results['weights']['markdown'].strip()}\n\nThe largest loss of the one policy is "
         f"{results['weights']['least']:+.1%}.",
         "recommend": fenced(recommend_summary(results["recommend"])),
-        "evaluate": fenced(evaluate_table(results["evaluate"])),
+        "evaluate": fenced(evaluate_summary(results["evaluate"])),
         "bench": None if bench is None else (bench / "table.md").read_text("utf-8").strip(),
         **{algorithm: judgement(study, algorithm) for algorithm in ALGORITHMS},
     }

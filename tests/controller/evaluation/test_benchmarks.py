@@ -1,4 +1,4 @@
-"""Variants judged by a benchmark: its own number, significance, and questions that have no reference."""
+"""Evaluation on benchmarks: their own score, significance, and questions without a reference."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from deepinsert.controller.evaluation import evaluate, report
 from deepinsert.controller.evaluation.comparison import Comparison, Predictions, by_source
 from deepinsert.controller.evaluation.variants import Variant
 from deepinsert.controller.metrics.benchmark import BENCHMARKS, Benchmark, Example, Score
-from deepinsert.controller.options import EvaluateOptions
+from deepinsert.controller.options import EvaluateOptions, ReportOptions
 from deepinsert.controller.statistics import mcnemar
 from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.prompts import Prompt, prompts_from
@@ -23,15 +23,15 @@ from deepinsert.envs.prompts import Prompt, prompts_from
 
 @pytest.fixture(scope="module")
 def pope(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """POPE's three files about rendered pictures."""
+    """Write POPE's three files about rendered images."""
     folder = tmp_path_factory.mktemp("pope")
     data = load_instructions(rendered_data, sources=("gqa",))
-    asked = [(record, turn) for record in data for turn in record.turns if turn.answer in ("yes", "no")]
-    assert len(asked) > 8
+    questions = [(record, turn) for record in data for turn in record.turns if turn.answer in ("yes", "no")]
+    assert len(questions) > 8
     for number, category in enumerate(("random", "popular", "adversarial")):
         rows = [
             {"question_id": row, "image": record.images[0], "text": turn.question, "label": turn.answer}
-            for row, (record, turn) in enumerate(asked[number * 3 : number * 3 + 6])
+            for row, (record, turn) in enumerate(questions[number * 3 : number * 3 + 6])
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"coco_pope_{category}.json").write_text(text)
@@ -70,34 +70,37 @@ def test_a_published_benchmark_gives_its_own_number(
     examples = BENCHMARKS["pope"].read(pope, options.image_root)
     assert result["benchmark"]["name"] == "pope" and result["prompts"] == len(examples) > 12
     for row, name in zip(result["variants"], ("fixed-0", "fixed-8"), strict=True):
-        said = rows_of(options, name)
-        score = BENCHMARKS["pope"].score([each["prediction"] for each in said], examples)
+        rows = rows_of(options, name)
+        score = BENCHMARKS["pope"].score([each["prediction"] for each in rows], examples)
         assert row["unit"] == "F1" and row["score"] == pytest.approx(score.headline)
         assert row["details"] == pytest.approx(score.details)
-        assert [each["score"] for each in said] == score.items.tolist()
-        assert [each["correct"] for each in said] == (score.items == 1).tolist()
+        assert [each["score"] for each in rows] == score.items.tolist()
+        assert [each["correct"] for each in rows] == (score.items == 1).tolist()
         assert row["accuracy"] == pytest.approx(score.items.mean())
         low, high = row["score_interval"]
         assert 0 <= low <= high <= 100
         assert row["per_source"].keys() == {"random", "popular", "adversarial"}
     first, second = result["variants"]
-    assert first["score"] > second["score"], "at the last layer the model sees no image"
+    assert first["score"] > second["score"], "at the last layer the model does not see the image"
     assert second["score_difference"] == pytest.approx(second["score"] - first["score"])
     assert first["score_difference"] == 0 == first["score_difference_interval"][0]
 
 
-def test_significance_is_mcnemars_of_the_same_questions(
+def test_significance_is_mcnemars_test_on_the_same_questions(
     result: dict[str, Any], options: EvaluateOptions
 ) -> None:
     first, second = ([row["score"] for row in rows_of(options, name)] for name in ("fixed-0", "fixed-8"))
-    found = result["variants"][1]["significance"]
+    significance = result["variants"][1]["significance"]
     variant, baseline, p_value = mcnemar(second, first)
-    assert (found["only_variant"], found["only_baseline"]) == (variant, baseline) and baseline > variant
-    assert found["p_value"] == pytest.approx(p_value) and found["test"] == "McNemar"
+    assert (significance["only_variant"], significance["only_baseline"]) == (
+        variant,
+        baseline,
+    ) and baseline > variant
+    assert significance["p_value"] == pytest.approx(p_value) and significance["test"] == "McNemar"
     assert result["variants"][0]["significance"] is None
 
 
-def test_throughput_is_measured_and_memory_only_where_it_can_be(result: dict[str, Any]) -> None:
+def test_throughput_is_measured_everywhere_and_memory_on_cuda(result: dict[str, Any]) -> None:
     for row in result["variants"]:
         low, high = row["questions_per_second_quartiles"]
         assert 0 < low <= row["questions_per_second"] <= high
@@ -105,18 +108,18 @@ def test_throughput_is_measured_and_memory_only_where_it_can_be(result: dict[str
         assert row["peak_memory_bytes"] is None
 
 
-def test_a_run_cut_off_keeps_the_answers_it_has(result: dict[str, Any], options: EvaluateOptions) -> None:
+def test_an_interrupted_run_keeps_its_answers(result: dict[str, Any], options: EvaluateOptions) -> None:
     paths = sorted((options.out / "predictions").iterdir())
     before = [path.stat().st_mtime_ns for path in paths]
     (options.out / "result.json").unlink()
     again = evaluate.run(options)
     assert [path.stat().st_mtime_ns for path in paths] == before
-    for old, new in zip(result["variants"], again["variants"], strict=True):
+    for first, second in zip(result["variants"], again["variants"], strict=True):
         for name in ("score", "score_interval", "details", "accuracy", "loss", "significance"):
-            assert old[name] == new[name]
+            assert first[name] == second[name]
 
 
-def test_questions_that_cannot_be_shown_are_refused(options: EvaluateOptions) -> None:
+def test_questions_that_cannot_be_put_to_a_model_are_refused(options: EvaluateOptions) -> None:
     with pytest.raises(ValueError, match=r"--benchmark esc50: its questions.*deepinsert score"):
         evaluate.run(replace(options, out=options.out / "z", benchmark="esc50"))
 
@@ -127,20 +130,20 @@ def test_a_share_is_drawn_by_image_and_sources_are_refused(options: EvaluateOpti
     images = {example.prompt.image_key for example in half}
     assert 0 < len(half) < len(whole)
     assert [e.prompt.id for e in half] == [e.prompt.id for e in whole if e.prompt.image_key in images]
-    with pytest.raises(ValueError, match="--sources coco: --benchmark pope has none"):
+    with pytest.raises(ValueError, match="--sources coco: --benchmark pope has no sources"):
         evaluate.run(replace(options, out=options.out / "x", sources="coco"))
     with pytest.raises(ValueError, match=r"--benchmark 'nocaps'.*instructions"):
         evaluate.run(replace(options, out=options.out / "y", benchmark="nocaps"))
 
 
 def variety(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    """A rule of the whole: the share of different answers among all."""
+    """Score all answers together: the share of different answers."""
     return Score(100 * len(set(answers)) / len(answers), "variety", None, {"answers": 1.0 * len(answers)})
 
 
 @pytest.fixture
-def unanswered(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A benchmark of a rule that is not per question, whose questions have no reference for a loss."""
+def benchmark_without_references(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Register a benchmark whose rule is not per question and whose questions have no reference."""
 
     def read(data: Path, image_root: Path | None) -> list[Example]:
         prompts = prompts_from(load_instructions(data, image_root, sources=("coco",), fraction=0.3))
@@ -151,35 +154,41 @@ def unanswered(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def without_answer(prompt: Prompt) -> Prompt:
-    said = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
-    return replace(prompt, messages=[*prompt.messages[:-1], said], answer="")
+    blank = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+    return replace(prompt, messages=[*prompt.messages[:-1], blank], answer="")
 
 
-def test_a_benchmark_without_references_has_no_loss_and_is_judged_as_a_whole(
-    unanswered: str, options: EvaluateOptions, rendered_data: Path, tmp_path: Path, capsys: Any
+def test_a_benchmark_without_references_has_a_score_and_no_loss(
+    benchmark_without_references: str,
+    options: EvaluateOptions,
+    rendered_data: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
-    own = replace(options, out=tmp_path / "run", data=rendered_data, benchmark=unanswered)
-    evaluate.run(own)
-    result = json.loads((own.out / "result.json").read_text())
+    changed = replace(
+        options, out=tmp_path / "run", data=rendered_data, benchmark=benchmark_without_references
+    )
+    evaluate.run(changed)
+    result = json.loads((changed.out / "result.json").read_text())
     for row, name in zip(result["variants"], ("fixed-0", "fixed-8"), strict=True):
-        answers = [each["prediction"] for each in rows_of(own, name)]
+        answers = [each["prediction"] for each in rows_of(changed, name)]
         assert row["score"] == pytest.approx(100 * len(set(answers)) / len(answers))
         low, high = row["score_interval"]
         assert low < high and row["flops"] > 0
         for empty in ("loss", "loss_interval", "loss_difference", "accuracy", "accuracy_interval"):
             assert row[empty] is None and row["per_source"]["coco"][empty] is None
         assert row["significance"] is None
-        assert {each["loss"] for each in rows_of(own, name)} == {None}
-        assert {each["score"] for each in rows_of(own, name)} == {None}
+        assert {each["loss"] for each in rows_of(changed, name)} == {None}
+        assert {each["score"] for each in rows_of(changed, name)} == {None}
     assert "variety" in capsys.readouterr().out
-    assert (own.out / "evaluate.png").is_file() and (own.out / "figure1.png").is_file()
-    assert json.loads((own.out / "table1.json").read_text())["columns"][0]["unit"] == "variety"
+    assert (changed.out / "evaluate.png").is_file() and (changed.out / "figure1.png").is_file()
+    assert json.loads((changed.out / "table1.json").read_text())["columns"][0]["unit"] == "variety"
 
 
 def test_several_evaluations_make_one_table(
     result: dict[str, Any], options: EvaluateOptions, rendered_data: Path, tmp_path: Path
 ) -> None:
-    own = replace(
+    instructions = replace(
         options,
         out=tmp_path / "own",
         data=rendered_data,
@@ -187,25 +196,30 @@ def test_several_evaluations_make_one_table(
         sources="gqa,text",
         fraction=0.2,
     )
-    evaluate.run(own)
-    found = report.run(report.ReportOptions(out=tmp_path / "report", runs=(options.out, own.out)))
-    assert [column["name"] for column in found["columns"]] == ["pope", "own gqa", "own text"]
-    first = found["rows"][0]
+    evaluate.run(instructions)
+    runs = (options.out, instructions.out)
+    table = report.run(ReportOptions(out=tmp_path / "report", runs=runs))
+    assert [column["name"] for column in table["columns"]] == ["pope", "own gqa", "own text"]
+    first = table["rows"][0]
     assert first["average"] == pytest.approx(np.mean([score["score"] for score in first["scores"]]))
     text = (tmp_path / "report" / "table1.md").read_text()
     assert "| pope (F1) | own gqa | own text | average |" in text.splitlines()[0]
     assert (tmp_path / "report" / "figure1.png").is_file()
-    with pytest.raises(ValueError, match="not the folder of a finished evaluate"):
-        report.run(report.ReportOptions(out=tmp_path / "other", runs=(tmp_path / "report",)))
+    with pytest.raises(ValueError, match="does not hold a finished evaluate"):
+        report.run(ReportOptions(out=tmp_path / "other", runs=(tmp_path / "report",)))
 
 
-def comparison(backbone: Backbone, examples: list[Example], score: Any, said: list[list[str]]) -> Comparison:
-    """A comparison of answers given by hand, without anything measured."""
-    variants = [Variant.fixed(str(number), None, backbone, len(examples), 0) for number in range(len(said))]
-    nothing = np.full(len(examples), math.nan)
+def comparison(
+    backbone: Backbone, examples: list[Example], score: Any, answers: list[list[str]]
+) -> Comparison:
+    """Return a comparison of the answers of each variant, without measurements."""
+    variants = [
+        Variant.fixed(str(number), None, backbone, len(examples), 0) for number in range(len(answers))
+    ]
+    no_losses = np.full(len(examples), math.nan)
     predictions = [
-        Predictions(answers, score(answers, examples), nothing, np.ones((len(examples), 2)))
-        for answers in said
+        Predictions(texts, score(texts, examples), no_losses, np.ones((len(examples), 2)))
+        for texts in answers
     ]
     groups = by_source([example.prompt for example in examples])
     rule = Benchmark("own", "tests", lambda data, root: examples, score)
@@ -224,24 +238,24 @@ def test_rotations_of_a_question_count_once(tiny_backbone: Backbone) -> None:
     examples = []
     for question, rotations in enumerate((4, 2, 3, 2)):
         for number in range(rotations):
-            asked = Prompt.from_question(f"{question}, {number}?")
-            prompt = replace(asked, id=f"{question}#{number}", image_key=f"{question}.png")
+            question_prompt = Prompt.from_question(f"{question}, {number}?")
+            prompt = replace(question_prompt, id=f"{question}#{number}", image_key=f"{question}.png")
             examples.append(Example(prompt, ("A",), {"group": question}))
     first = ["A"] * 11
-    second = ["A"] * 3 + ["B"] + ["A"] * 2 + ["B"] + ["A"] * 4  # the first and the third question wrong
-    found = comparison(tiny_backbone, examples, circular, [first, second])
-    row = found.significance(1, "")
+    second = ["A"] * 3 + ["B"] + ["A"] * 2 + ["B"] + ["A"] * 4  # the first and the third question are wrong
+    compared = comparison(tiny_backbone, examples, circular, [first, second])
+    row = compared.significance(1, "")
     assert row == {"test": "McNemar", "only_variant": 0, "only_baseline": 2, "p_value": 0.5}
-    scores = found.scores(1)
+    scores = compared.scores(1)
     assert scores["score"] == 50 and scores["score_difference"] == -50
     assert scores["score_interval"][0] >= 0 and scores["score_difference_interval"] == [-100, 0]
-    means = found.mean_and_difference(
-        "accuracy", *(found.predictions[index].score.items for index in (1, 0)), found.asked("")
+    means = compared.mean_and_difference(
+        "accuracy", *(compared.predictions[index].score.items for index in (1, 0)), compared.question_rows("")
     )
-    assert means["accuracy"] == 0.5, "four questions, not eleven rows"
+    assert means["accuracy"] == 0.5, "the mean is over four questions, not eleven rows"
 
 
-def test_a_rule_that_groups_by_image_sees_a_drawn_image_as_another_one(tiny_backbone: Backbone) -> None:
+def test_each_copy_of_an_image_in_a_sample_is_a_separate_image(tiny_backbone: Backbone) -> None:
     def both_right(answers: Sequence[str], examples: Sequence[Example]) -> Score:
         images: dict[str, list[bool]] = {}
         for answer, example in zip(answers, examples, strict=True):
@@ -252,14 +266,15 @@ def test_a_rule_that_groups_by_image_sees_a_drawn_image_as_another_one(tiny_back
     examples = []
     for image in range(6):
         for question in range(2):
-            asked = replace(Prompt.from_question(f"{question}?"), id=f"{image}#{question}")
-            examples.append(Example(replace(asked, image_key=f"{image}.png"), ("yes",)))
+            prompt = Prompt.from_question(f"{question}?")
+            prompt = replace(prompt, id=f"{image}#{question}", image_key=f"{image}.png")
+            examples.append(Example(prompt, ("yes",)))
     always, never = ["yes"] * 12, ["no"] * 12
-    found = comparison(tiny_backbone, examples, both_right, [always, never]).scores(0)
-    assert found["score"] == 600 and found["score_interval"] == [600, 600]
+    scores = comparison(tiny_backbone, examples, both_right, [always, never]).scores(0)
+    assert scores["score"] == 600 and scores["score_interval"] == [600, 600]
 
 
-def test_soft_scores_are_left_to_the_interval(tiny_backbone: Backbone) -> None:
+def test_scores_between_wrong_and_right_have_no_mcnemar_test(tiny_backbone: Backbone) -> None:
     def soft(answers: Sequence[str], examples: Sequence[Example]) -> Score:
         items = np.array([float(answer) for answer in answers])
         return Score(100 * float(items.mean()), "accuracy", items)
@@ -267,8 +282,8 @@ def test_soft_scores_are_left_to_the_interval(tiny_backbone: Backbone) -> None:
     examples = [
         Example(replace(Prompt.from_question("?"), id=str(row), image_key=str(row)), ()) for row in range(20)
     ]
-    said = [["0.3"] * 20, ["0.9"] * 10 + ["0.6"] * 10]
-    found = comparison(tiny_backbone, examples, soft, said)
-    assert found.significance(1, "") is None
-    low, high = found.scores(1)["score_difference_interval"]
+    answers = [["0.3"] * 20, ["0.9"] * 10 + ["0.6"] * 10]
+    compared = comparison(tiny_backbone, examples, soft, answers)
+    assert compared.significance(1, "") is None
+    low, high = compared.scores(1)["score_difference_interval"]
     assert 30 < low < 45 < high < 60

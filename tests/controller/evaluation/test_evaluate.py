@@ -1,4 +1,4 @@
-"""Figures of an evaluation are those of its models: checked one prompt at a time, by other means."""
+"""Figures of an evaluation equal those of its models, computed one prompt at a time by other means."""
 
 import json
 from collections.abc import Callable
@@ -86,14 +86,14 @@ def test_the_result_keeps_the_contract(
 ) -> None:
     assert [row["name"] for row in result["variants"]] == ["layer-0", "layer-5"]
     assert [row["insert_layer"] for row in result["variants"]] == list(LAYERS)
-    wanted = {"accuracy", "loss", "flops", "flops_ratio", "prefill_ms", "decode_ms", "kv_cache_bytes"}
+    figures = {"accuracy", "loss", "flops", "flops_ratio", "prefill_ms", "decode_ms", "kv_cache_bytes"}
     sources = {prompt.source for prompt in prompts}
     assert len(sources) > 2
     for row in result["variants"]:
-        assert row.keys() > wanted and row["per_source"].keys() == sources
+        assert row.keys() > figures and row["per_source"].keys() == sources
         assert row["prompts"] == len(prompts) == sum(part["prompts"] for part in row["per_source"].values())
         for part in (row, *row["per_source"].values()):
-            assert all(part[name] is not None for name in wanted)
+            assert all(part[name] is not None for name in figures)
             assert part["prefill_ms"] > 0 and part["decode_ms"] > 0
     baseline = result["variants"][0]
     assert baseline["time_ratio"] == baseline["flops_ratio"] == 1
@@ -101,16 +101,16 @@ def test_the_result_keeps_the_contract(
     assert (options.out / "evaluate.png").is_file()
 
 
-def test_the_model_card_of_each_variant_tells_the_result(
+def test_the_model_card_of_each_variant_holds_the_result(
     result: dict[str, Any], options: EvaluateOptions
 ) -> None:
-    # Other tests evaluate these variants anew, and a card tells of the last evaluation: this one comes first.
+    # Other tests evaluate these variants again, and a card holds the last evaluation: this test runs first.
     table = (options.out / "table1.md").read_text().strip()
     for row, folder in zip(result["variants"], options.variants, strict=True):
         card = ModelCard.load(folder / "checkpoint" / "README.md")
         assert table in card.text
-        told = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
-        assert told == pytest.approx({"accuracy": row["accuracy"], "loss": row["loss"]}, abs=1e-6)
+        metrics = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+        assert metrics == pytest.approx({"accuracy": row["accuracy"], "loss": row["loss"]}, abs=1e-6)
 
 
 def test_losses_are_those_of_the_stock_loss_on_each_prompt_alone(
@@ -136,8 +136,8 @@ def test_answers_do_not_depend_on_the_batch(
     for row, prompt in list(zip(rows_of(options, "layer-5"), prompts, strict=True))[::5]:
         inputs = generation_inputs(variant, [prompt])
         tokens = variant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
-        new = tokens[0, inputs["input_ids"].shape[1] :]
-        assert row["prediction"] == variant.tokenizer.decode(new, skip_special_tokens=True).strip()
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        assert row["prediction"] == variant.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 def test_accuracy_is_the_share_of_right_predictions(result: dict[str, Any], options: EvaluateOptions) -> None:
@@ -155,16 +155,16 @@ def test_a_model_whose_answers_are_the_references_is_always_right(
     options: EvaluateOptions, result: dict[str, Any], tmp_path: Path
 ) -> None:
     records = json.loads(options.data.read_text())
-    said = {
+    answers = {
         row["id"]: row["prediction"] for row in rows_of(options, "layer-5") if row["prediction"].strip("?!. ")
     }
-    kept = [record for record in records if record["id"] in said and len(record["conversations"]) == 2]
-    assert len(kept) >= 5
-    for record in kept:
-        record["conversations"][1]["value"] = said[record["id"]]
-    kept[0]["conversations"][1]["value"] = "zebra crossing"
-    (tmp_path / "own.json").write_text(json.dumps(kept))
-    found = evaluate.run(
+    selected = [record for record in records if record["id"] in answers and len(record["conversations"]) == 2]
+    assert len(selected) >= 5
+    for record in selected:
+        record["conversations"][1]["value"] = answers[record["id"]]
+    selected[0]["conversations"][1]["value"] = "zebra crossing"
+    (tmp_path / "own.json").write_text(json.dumps(selected))
+    result = evaluate.run(
         replace(
             options,
             out=tmp_path / "evaluate",
@@ -175,10 +175,10 @@ def test_a_model_whose_answers_are_the_references_is_always_right(
             timing_repeats=1,
         )
     )
-    assert found["variants"][0]["accuracy"] == pytest.approx(1 - 1 / len(kept))
+    assert result["variants"][0]["accuracy"] == pytest.approx(1 - 1 / len(selected))
 
 
-def test_flops_are_the_cost_models_of_each_prompt(
+def test_flops_are_those_of_the_cost_model_for_each_prompt(
     result: dict[str, Any], variant: Backbone, prompts: list[Prompt]
 ) -> None:
     costs = CostModel.from_model(variant.model)
@@ -198,7 +198,7 @@ def test_flops_are_the_cost_models_of_each_prompt(
         assert figures["per_source"]["text"]["flops_ratio"] == 1
 
 
-def test_the_cache_weighs_what_the_formula_says(result: dict[str, Any]) -> None:
+def test_the_measured_cache_has_the_size_of_the_formula(result: dict[str, Any]) -> None:
     baseline, variant = result["variants"]
     for row in (baseline, variant):
         for part in (row, *row["per_source"].values()):
@@ -214,7 +214,7 @@ def test_every_forward_of_generate_is_timed(variant: Backbone, prompts: list[Pro
     assert len(again.milliseconds) == 1 and again.cache_bytes == forwards.cache_bytes
 
 
-def test_predictions_are_kept_for_the_same_model_only(
+def test_predictions_are_read_again_for_the_same_model_only(
     result: dict[str, Any], options: EvaluateOptions, prompts: list[Prompt], variant: Backbone, tmp_path: Path
 ) -> None:
     path = options.out / "predictions" / "layer-5.jsonl"
@@ -226,16 +226,16 @@ def test_predictions_are_kept_for_the_same_model_only(
     assert read_predictions(path, examples, "other", layers) is None
     assert read_predictions(path, examples[1:], variant.fingerprint, layers[1:]) is None
     assert read_predictions(path, examples[::-1], variant.fingerprint, layers) is None
-    judged_by_more = [replace(example, references=("x", "y")) for example in examples]
-    assert read_predictions(path, judged_by_more, variant.fingerprint, layers) is None
+    with_other_references = [replace(example, references=("x", "y")) for example in examples]
+    assert read_predictions(path, with_other_references, variant.fingerprint, layers) is None
     before = path.stat().st_mtime_ns
-    own = Variant.fixed("layer-5", None, variant, len(prompts))
-    kept = predict(options.out, own, benchmark("instructions"), examples, options)
+    fixed = Variant.fixed("layer-5", None, variant, len(prompts))
+    predictions = predict(options.out, fixed, benchmark("instructions"), examples, options)
     assert path.stat().st_mtime_ns == before
-    assert kept.answers == [row["prediction"] for row in rows]
+    assert predictions.answers == [row["prediction"] for row in rows]
 
 
-def test_a_model_that_says_nan_is_named(
+def test_a_model_whose_losses_are_nan_is_named(
     prompts: list[Prompt], options: EvaluateOptions, tmp_path: Path
 ) -> None:
     broken = load_backbone("tiny", device="cpu")
@@ -256,23 +256,23 @@ def test_a_finished_evaluation_is_not_repeated(
     assert "layer-5" in capsys.readouterr().out
 
 
-def test_without_variants_the_backbone_itself_is_judged(options: EvaluateOptions, tmp_path: Path) -> None:
-    found = evaluate.run(
+def test_without_variants_the_backbone_itself_is_evaluated(options: EvaluateOptions, tmp_path: Path) -> None:
+    evaluation = evaluate.run(
         replace(options, out=tmp_path / "run", variants=(), sources="gqa", fraction=0.1, timing_repeats=1)
     )
-    (row,) = found["variants"]
+    (row,) = evaluation["variants"]
     assert row["name"] == "tiny" and row["insert_layer"] == 0 and row["path"] is None
     assert row["per_source"].keys() == {"gqa"} and row["per_source"]["gqa"]["prefill_ms"] == row["prefill_ms"]
 
 
-def test_a_folder_that_is_no_finished_finetune_is_refused(options: EvaluateOptions, tmp_path: Path) -> None:
+def test_a_folder_without_a_finished_finetune_is_refused(options: EvaluateOptions, tmp_path: Path) -> None:
     (tmp_path / "cut-off").mkdir()
     with pytest.raises(ValueError, match=r"--variants .*cut-off"):
         evaluate.run(replace(options, out=tmp_path / "run", variants=(tmp_path / "cut-off",)))
 
 
 @pytest.fixture(scope="module")
-def fewer(rendered_data: Path) -> list[Prompt]:
+def fewer_prompts(rendered_data: Path) -> list[Prompt]:
     data = load_instructions(rendered_data, sources=("gqa", "text"), fraction=FRACTION, seed=0)
     return prompts_from(data)
 
@@ -280,16 +280,16 @@ def fewer(rendered_data: Path) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def policy(
     tiny_backbone: Backbone,
-    fewer: list[Prompt],
+    fewer_prompts: list[Prompt],
     save_policy: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    return save_policy(tiny_backbone, fewer, tmp_path_factory.mktemp("policy"))
+    return save_policy(tiny_backbone, fewer_prompts, tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
 def frozen(options: EvaluateOptions, policy: Path) -> EvaluateOptions:
-    """The tiny backbone at fixed layers and with the policy, without finetuning."""
+    """An evaluation of the tiny backbone at fixed layers and with the policy, without finetuning."""
     out = options.out.with_name("frozen")
     return replace(options, out=out, variants=(), sources="gqa,text", insert_layers="0,5", policy=policy)
 
@@ -300,33 +300,36 @@ def frozen_result(frozen: EvaluateOptions) -> dict[str, Any]:
     return json.loads((frozen.out / "result.json").read_text())
 
 
-def test_a_policy_stands_beside_fixed_layers_of_its_backbone(
-    frozen_result: dict[str, Any], policy: Path, tiny_backbone: Backbone, fewer: list[Prompt]
+def test_a_policy_is_compared_with_fixed_layers_of_its_backbone(
+    frozen_result: dict[str, Any], policy: Path, tiny_backbone: Backbone, fewer_prompts: list[Prompt]
 ) -> None:
     *fixed, chosen = frozen_result["variants"]
     assert [row["name"] for row in fixed] == ["fixed:0", "fixed:5"]
     assert [row["insert_layer"] for row in fixed] == [0, 5] and frozen_result["baseline"] == "fixed:0"
     assert not any("histogram" in row or "choice_ms" in row for row in fixed)
-    layers = LayerPolicy.load(policy).layers(tiny_backbone, fewer)
-    pictured = [layer for layer, prompt in zip(layers, fewer, strict=True) if prompt.images]
-    assert len(set(pictured)) > 2, "a policy that always says the same would show nothing"
+    layers = LayerPolicy.load(policy).layers(tiny_backbone, fewer_prompts)
+    layers_with_image = [layer for layer, prompt in zip(layers, fewer_prompts, strict=True) if prompt.images]
+    assert len(set(layers_with_image)) > 2, "a policy that always chooses the same layer would test nothing"
     assert chosen["name"] == "policy" and chosen["insert_layer"] is None and chosen["skip_weight"] == 0.5
-    assert chosen["mean_insert_layer"] == pytest.approx(np.mean(pictured))
-    assert chosen["histogram"] == {str(layer): pictured.count(layer) for layer in range(8)}
+    assert chosen["mean_insert_layer"] == pytest.approx(np.mean(layers_with_image))
+    assert chosen["histogram"] == {str(layer): layers_with_image.count(layer) for layer in range(8)}
     assert chosen["per_source"]["text"]["mean_insert_layer"] is None
     for row in (chosen, *chosen["per_source"].values()):
         assert row["prefill_ms"] > 0 and row["decode_ms"] > 0 and row["choice_ms"] > 0
         assert row["kv_cache_bytes"] == pytest.approx(row["kv_cache_bytes_formula"])
 
 
-def test_a_policys_figures_are_those_of_each_prompt_at_its_layer(
-    frozen_result: dict[str, Any], frozen: EvaluateOptions, tiny_backbone: Backbone, fewer: list[Prompt]
+def test_the_figures_of_a_policy_are_those_of_each_prompt_at_its_layer(
+    frozen_result: dict[str, Any],
+    frozen: EvaluateOptions,
+    tiny_backbone: Backbone,
+    fewer_prompts: list[Prompt],
 ) -> None:
     rows = rows_of(frozen, "policy")
     costs = CostModel.from_model(tiny_backbone.model)
     image = tiny_backbone.tokenizer.convert_tokens_to_ids(tiny_backbone.processor.image_token)
     flops = []
-    for row, prompt in zip(rows, fewer, strict=True):
+    for row, prompt in zip(rows, fewer_prompts, strict=True):
         inputs = generation_inputs(tiny_backbone, [prompt])
         multimodal = int((inputs["input_ids"] == image).sum())
         text = inputs["input_ids"].shape[1] - multimodal
@@ -339,30 +342,30 @@ def test_a_policys_figures_are_those_of_each_prompt_at_its_layer(
     assert chosen["flops"] == pytest.approx(np.mean(flops))
     assert chosen["flops_ratio"] == pytest.approx(np.mean(flops) / stock["flops"])
     first = np.array([row["loss"] for row in rows_of(frozen, "fixed-0")])
-    mine = np.array([row["loss"] for row in rows])
-    assert chosen["loss_difference"] == pytest.approx((mine - first).mean())
-    for row, prompt in list(zip(rows, fewer, strict=True))[::4]:
+    losses = np.array([row["loss"] for row in rows])
+    assert chosen["loss_difference"] == pytest.approx((losses - first).mean())
+    for row, prompt in list(zip(rows, fewer_prompts, strict=True))[::4]:
         inputs = generation_inputs(tiny_backbone, [prompt])
         with torch.no_grad(), tiny_backbone.insert_at(row["insert_layer"]):
             loss = tiny_backbone.model(**encode(tiny_backbone.processor, [prompt])).loss
             tokens = tiny_backbone.model.generate(**inputs, do_sample=False, max_new_tokens=6)
-        new = tokens[0, inputs["input_ids"].shape[1] :]
-        assert row["prediction"] == tiny_backbone.tokenizer.decode(new, skip_special_tokens=True).strip()
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        assert row["prediction"] == tiny_backbone.tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
 
 
-def test_a_policy_stands_beside_finetuned_variants(
+def test_a_policy_is_compared_with_finetuned_variants(
     options: EvaluateOptions, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = replace(options, out=tmp_path / "run", sources="gqa", fraction=0.1, policy=policy)
-    found = evaluate.run(few)
-    assert [row["name"] for row in found["variants"]] == ["layer-0", "layer-5", "policy"]
+    both = evaluate.run(few)
+    assert [row["name"] for row in both["variants"]] == ["layer-0", "layer-5", "policy"]
     assert "mean " in capsys.readouterr().out
     alone = evaluate.run(replace(few, out=tmp_path / "alone", variants=(), skip_weight=4.0))
     assert [row["name"] for row in alone["variants"]] == ["tiny", "policy"]
-    asked = [each["variants"][-1] for each in (found, alone)]
-    assert [row["skip_weight"] for row in asked] == [0.5, 4.0]
-    assert asked[0]["histogram"] != asked[1]["histogram"], "λ must reach the policy"
+    policies = [each["variants"][-1] for each in (both, alone)]
+    assert [row["skip_weight"] for row in policies] == [0.5, 4.0]
+    assert policies[0]["histogram"] != policies[1]["histogram"], "λ must reach the policy"
     with pytest.raises(ValueError, match=r"skip_weight 5\.0 is outside 0 to 4"):
         evaluate.run(replace(few, out=tmp_path / "outside", variants=(), skip_weight=5.0))
 
