@@ -1,1 +1,1 @@
-"""Several commands on one data set, and the pages and tables they fill."""
+"""Studies: several commands on one data set, and the pages and tables with their figures."""

@@ -1,6 +1,6 @@
-"""The controller on one data set from end to end: every command's run, and the figures of its page.
+"""The controller on one data set from end to end: runs of every command, and the figures of its page.
 
-The page holds what the commands wrote, so that no figure in it is typed by hand.
+The page shows what the commands wrote, so that no figure in it is typed by hand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -47,7 +47,16 @@ from .ablation import run as run_ablation
 from .lambda_study import study as lambda_study
 
 ALGORITHMS = ("ppo", "a2c", "dqn", "full-info")
-PICTURES = ("sweep", "policy_rewards", "recommend", "pareto", "evaluate")
+STEP_OF_PICTURE = {
+    "sweep": "sweep",
+    "policy_rewards": "train-policy-ppo",
+    "recommend": "recommend",
+    "pareto": "recommend",
+    "evaluate": "evaluate",
+}
+"""The pictures of the page, and the step that draws each."""
+
+Options = TypeVar("Options", bound=RunOptions)
 
 
 @dataclass(kw_only=True)
@@ -55,58 +64,72 @@ class ControllerStudyOptions(RunOptions, BackboneOptions, DataOptions):
     """Sweep, policies of every algorithm, ablations, recommendation and evaluation on one data set."""
 
     skip_weight: float = 0.5
-    """Weight λ of the skip bonus that policies are judged at."""
+    """Weight λ of the skip bonus at which policies are compared."""
     seeds: int = 5
     """Policies of each algorithm."""
     bench: Path | None = None
     """Run folder of benchmarks/reward_table.py whose table goes into the document."""
     page: Path = Path("docs/controller.md")
-    """Page whose marked blocks are filled; pictures go to a folder beside it of the same name."""
+    """Page whose marked blocks are filled. Pictures are written to the folder of the same name beside it."""
 
 
 @dataclass
 class Study:
-    """The study's folder, and the results of its steps so far."""
+    """The study's folder, and the results of its finished steps by name."""
 
     options: ControllerStudyOptions
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def folder(self, step: str) -> Path:
-        """The run folder of a step."""
+        """Return the run folder of a step."""
         return Path(self.options.out) / step
 
-    def play(self, step: str, command: Callable[[Any], dict[str, Any]], kind: Any, **own: Any) -> None:
-        """Run a command in a folder of its own; what is finished is read."""
+    def play(
+        self,
+        step: str,
+        command: Callable[[Options], dict[str, Any]],
+        options_class: type[Options],
+        **fields: Any,
+    ) -> None:
+        """Run a command in the folder of its step; a finished one is not repeated.
+
+        Args:
+            step: the name of the step.
+            command: the function `run` of the command.
+            options_class: the class of its options.
+            fields: options that differ from those of the study.
+        """
         common = {
             name: getattr(self.options, name)
             for name in (*BackboneOptions.__dataclass_fields__, *DataOptions.__dataclass_fields__, "seed")
         }
         print(f"\n== {step}", flush=True)
-        self.results[step] = command(kind(out=self.folder(step), **common | own))
+        self.results[step] = command(options_class(out=self.folder(step), **common | fields))
 
 
 def run(options: ControllerStudyOptions) -> dict[str, Any]:
-    """Play every step that is not done, write the document, `result.json`, and return the results by step.
+    """Run every step that is not finished, write the page and `result.json`, and return the results by step.
 
-    The same command again continues a run that was cut off.
+    The same command continues an interrupted study.
     """
     check(options)
     out = start_run(options, ("bench", "page"))
     study = Study(options)
     table = out / "table"
     study.play("sweep", run_sweep, SweepOptions, table=table, agreement=True)
-    shared = {"table": table, "skip_weight": options.skip_weight, "seeds": options.seeds}
+    fields = {"table": table, "skip_weight": options.skip_weight, "seeds": options.seeds}
     for algorithm in ALGORITHMS:
-        own = shared | {"algorithm": algorithm}
-        study.play(f"train-policy-{algorithm}", run_training, TrainPolicyOptions, **own)
-    study.play("ablation", run_ablation, ObservationAblationOptions, **shared, algorithm="full-info")
+        study.play(
+            f"train-policy-{algorithm}", run_training, TrainPolicyOptions, **fields, algorithm=algorithm
+        )
+    study.play("ablation", run_ablation, ObservationAblationOptions, **fields, algorithm="full-info")
     policy = study.folder("train-policy-ppo")
     study.play("recommend", run_recommend, RecommendOptions, policy=policy, table=table)
     best = study.results["train-policy-ppo"]["reward"]["best_fixed"]["insert_layer"]
     layers = ",".join(map(str, sorted({0, best})))
-    unseen = {"data": held_out_file(options), "image_root": image_root(options), "fraction": 1.0}
-    study.play("evaluate", run_evaluate, EvaluateOptions, policy=policy, insert_layers=layers, **unseen)
-    study.results["weights"] = weights(options, table)
+    held_out = {"data": held_out_file(options), "image_root": image_root(options), "fraction": 1.0}
+    study.play("evaluate", run_evaluate, EvaluateOptions, policy=policy, insert_layers=layers, **held_out)
+    study.results["weights"] = compare_skip_weights(options, table)
     write_page(study, options.page)
     result = {"steps": study.results, "machine": machine_facts()}
     write_result(out, result)
@@ -114,29 +137,33 @@ def run(options: ControllerStudyOptions) -> dict[str, Any]:
 
 
 def split(options: ControllerStudyOptions) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that every policy of the study is trained on, and those it is judged by."""
-    own = {name: getattr(options, name) for name in (*DataOptions.__dataclass_fields__, "out", "seed")}
-    train, held_out, _ = split_prompts(TrainPolicyOptions(**own))
+    """Return the training prompts of every policy of the study, and the held-out prompts."""
+    fields = {name: getattr(options, name) for name in (*DataOptions.__dataclass_fields__, "out", "seed")}
+    train, held_out, _ = split_prompts(TrainPolicyOptions(**fields))
     return train, held_out
 
 
 def held_out_file(options: ControllerStudyOptions) -> Path:
-    """The records about the images that no policy was trained on, as a file of instructions."""
+    """Return an instruction file of the records about held-out images; write it first if it is missing."""
     path = Path(options.out) / "held_out" / "instructions.json"
     if not path.is_file():
         images = {prompt.image_key for prompt in split(options)[1]}
         records = json.loads(options.data.read_text("utf-8"))
-        write_json(path, [records[own.index] for own in read_data(options) if own.image_key in images])
+        selected = [record for record in read_data(options) if record.image_key in images]
+        write_json(path, [records[record.index] for record in selected])
     return path
 
 
 def image_root(options: ControllerStudyOptions) -> Path:
-    """The folder below which the images of the data file lie."""
+    """Return the folder below which the images of the data file are."""
     return options.data.parent if options.image_root is None else options.image_root
 
 
-def weights(options: ControllerStudyOptions, folder: Path) -> dict[str, Any]:
-    """One policy for a range of skip weights beside policies for one each, on the study's split."""
+def compare_skip_weights(options: ControllerStudyOptions, folder: Path) -> dict[str, Any]:
+    """Compare one policy for a range of skip weights with policies for a single one, on the study's split.
+
+    The result is read if the comparison has finished. `folder` holds the reward table.
+    """
     out = Path(options.out) / "weights"
     if not (out / "result.json").is_file():
         print("\n== weights", flush=True)
@@ -144,35 +171,34 @@ def weights(options: ControllerStudyOptions, folder: Path) -> dict[str, Any]:
         prompts = [*train, *held_out]
         backbone = load_backbone(options.backbone, device=options.device, dtype=options.dtype)
         table = RewardTable(backbone, prompts, folder=folder)
-        seen = np.arange(len(prompts)) < len(train)
-        views = Observation()(backbone, prompts)
-        high = 2 * options.skip_weight
-        found = lambda_study(table, views, seen, skip_weights=(0.0, high), seed=options.seed)
-        write_result(out, found)
+        in_training = np.arange(len(prompts)) < len(train)
+        observations = Observation()(backbone, prompts)
+        skip_weights = (0.0, 2 * options.skip_weight)
+        result = lambda_study(table, observations, in_training, skip_weights=skip_weights, seed=options.seed)
+        write_result(out, result)
     return read_result(out)
 
 
 def write_page(study: Study, page: Path) -> None:
     """Fill the blocks of `page` marked as `<!-- sweep -->` to `<!-- end -->`, and copy the pictures.
 
-    Raises `ValueError` for a page with a block that nothing fills.
+    Raises:
+        ValueError: the page has a block that the study does not fill.
     """
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    places = {"sweep": "sweep", "policy_rewards": "train-policy-ppo", "evaluate": "evaluate"}
-    for picture in PICTURES:
+    for picture, step in STEP_OF_PICTURE.items():
         with atomic_file(folder / f"{picture}.png") as temporary:
-            found = study.folder(places.get(picture, "recommend")) / f"{picture}.png"
-            shutil.copyfile(found, temporary)
-    filled = blocks(study)
+            shutil.copyfile(study.folder(step) / f"{picture}.png", temporary)
+    texts = blocks(study)
 
     def fill(block: re.Match[str]) -> str:
         name = block["name"]
-        if name not in filled:
-            raise ValueError(f"{page}: block {name!r} is none of {', '.join(filled)}")
-        if filled[name] is None:
+        if name not in texts:
+            raise ValueError(f"{page}: block {name!r} is none of {', '.join(texts)}")
+        if texts[name] is None:
             return block[0]
-        return f"<!-- {name} -->\n{filled[name]}\n<!-- end -->"
+        return f"<!-- {name} -->\n{texts[name]}\n<!-- end -->"
 
     text = re.sub(r"<!-- (?P<name>\S+) -->\n.*?<!-- end -->", fill, page.read_text("utf-8"), flags=re.DOTALL)
     with atomic_file(page) as temporary:
@@ -180,13 +206,13 @@ def write_page(study: Study, page: Path) -> None:
 
 
 def blocks(study: Study) -> dict[str, str | None]:
-    """Everything on the page that was computed; None stays as it is."""
+    """Return the text of each block of the page; a block with None stays as it is."""
     options, results, bench = study.options, study.results, study.options.bench
     prompts = results["train-policy-ppo"]["prompts"]
-    of = f"{Path(options.data).parent.name}, {options.fraction:.0%} of the records"
     return {
-        "data": f"{of}: {prompts['train']} training prompts and {prompts['held_out']} held out, with other "
-        f"images. Machine: {describe_machine(machine_facts())}.",
+        "data": f"{Path(options.data).parent.name}, {options.fraction:.0%} of the records: "
+        f"{prompts['train']} training prompts and {prompts['held_out']} held-out prompts with other images. "
+        f"Machine: {describe_machine(machine_facts())}.",
         "sweep": fenced(sweep_summary(results["sweep"])),
         "ablation": (study.folder("ablation") / "ablation.md").read_text("utf-8").strip(),
         "weights": f"{results['weights']['markdown'].strip()}\n\nThe largest loss of the one policy is "
@@ -194,15 +220,15 @@ def blocks(study: Study) -> dict[str, str | None]:
         "recommend": fenced(recommend_summary(results["recommend"])),
         "evaluate": fenced(evaluate_summary(results["evaluate"])),
         "bench": None if bench is None else (bench / "table.md").read_text("utf-8").strip(),
-        **{algorithm: judgement(study, algorithm) for algorithm in ALGORITHMS},
+        **{algorithm: training_page(study, algorithm) for algorithm in ALGORITHMS},
     }
 
 
 def fenced(text: str) -> str:
-    """Text as a block of code."""
+    """Return text as a block of code in Markdown."""
     return f"```text\n{text}\n```"
 
 
-def judgement(study: Study, algorithm: str) -> str:
-    """What train-policy wrote of its policies."""
+def training_page(study: Study, algorithm: str) -> str:
+    """Return the comparison that train-policy wrote for the policies of an algorithm."""
     return (study.folder(f"train-policy-{algorithm}") / "judgement.md").read_text("utf-8").strip()

@@ -1,4 +1,4 @@
-"""A layer study goes on after a kill, and its figures are those of the commands it is made of."""
+"""A layer study continues after a kill, and its figures are those of the commands that it runs."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from deepinsert.controller.option_checks import check
 from deepinsert.controller.options import LayerStudyOptions
 from deepinsert.controller.runs.folder import read_result
 from deepinsert.controller.studies import layer_study
+from deepinsert.controller.studies.layer_study_steps import write_split
 from deepinsert.envs.data.instructions import load_instructions
 from deepinsert.envs.rewards.table import RewardTable
 
@@ -50,26 +51,26 @@ def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> La
 
 
 def processes_of(session: int) -> list[int]:
-    """The running processes of a session."""
-    found = []
+    """Return the running processes of a session."""
+    processes = []
     for entry in Path("/proc").iterdir():
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except (OSError, IndexError):
             continue
         if entry.name.isdecimal() and int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(entry.name))
-    return found
+            processes.append(int(entry.name))
+    return processes
 
 
 def finished_steps(out: Path) -> dict[Path, int]:
-    """When the steps that have finished wrote their results."""
+    """Return the time at which each finished step wrote its result."""
     return {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
 
 
 @pytest.fixture(scope="module")
 def interrupted(options: LayerStudyOptions) -> dict[Path, int]:
-    """Start the study and stop it while it finetunes its second layer; the steps finished by then."""
+    """Start the study, stop it while it finetunes its second layer, and return the finished steps."""
 
     def interrupt(self: finetune.LossLog, *rest: object, **kwargs: object) -> None:
         if self.out.name == "finetune-3":
@@ -87,7 +88,7 @@ def result(options: LayerStudyOptions, interrupted: dict[Path, int]) -> dict:
     return layer_study.run(options)
 
 
-def test_steps_that_were_done_are_kept(
+def test_finished_steps_are_not_repeated(
     result: dict, interrupted: dict[Path, int], options: LayerStudyOptions
 ) -> None:
     assert sorted(path.parent.name for path in interrupted) == ["finetune-0", "random"]
@@ -95,7 +96,7 @@ def test_steps_that_were_done_are_kept(
 
 
 @pytest.mark.slow
-def test_a_study_of_several_processes_goes_on_after_a_kill(
+def test_a_study_with_several_processes_continues_after_a_kill(
     result: dict, options: LayerStudyOptions, tmp_path: Path
 ) -> None:
     run = replace(options, out=tmp_path / "run", jobs=2)
@@ -120,7 +121,7 @@ def test_a_study_of_several_processes_goes_on_after_a_kill(
     assert child.returncode == -signal.SIGKILL, "the study ended before it was killed"
     while processes_of(child.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not processes_of(child.pid)  # nobody writes to its folders any more
+    assert not processes_of(child.pid)  # no process writes to its folders any more
     before = finished_steps(run.out)
     assert before and not (run.out / "result.json").exists()
     again = layer_study.run(run)
@@ -149,12 +150,12 @@ def test_figures_are_those_of_the_commands(result: dict, options: LayerStudyOpti
     finetuned = read_result(options.out / "evaluate-finetuned")["variants"]
     shared = read_result(options.out / "evaluate-random")["variants"]
     for row, zero_shot, variant, fixed in zip(result["by_layer"], sweep, finetuned, shared, strict=True):
-        for kind, said in (("zero_shot", zero_shot), ("finetuned", variant), ("random", fixed)):
-            assert said["insert_layer"] == row["insert_layer"]
+        for kind, expected in (("zero_shot", zero_shot), ("finetuned", variant), ("random", fixed)):
+            assert expected["insert_layer"] == row["insert_layer"]
             for metric in ("loss", "accuracy"):
-                found = row[f"{kind}_{metric}"]
-                assert found["mean"] == pytest.approx(said[metric], abs=1e-9)
-                assert found["interval"][0] <= found["mean"] <= found["interval"][1]
+                figure = row[f"{kind}_{metric}"]
+                assert figure["mean"] == pytest.approx(expected[metric], abs=1e-9)
+                assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
         assert row["flops_ratio"] == zero_shot["flops_ratio"]
     trained = read_result(options.out / "random")
     assert trained["trained_layers"] == LAYERS and trained["steps"] == options.steps
@@ -172,8 +173,8 @@ def test_picks_and_regret_follow_from_the_figures(result: dict, options: LayerSt
     for entry in result["by_skip_weight"]:
         bonus = entry["skip_weight"] * np.array(LAYERS) / 8
         truth = bonus - finetuned
-        for name, told in (("zero_shot", table.losses.mean(axis=0)), ("policy", expected)):
-            picked = int((bonus - told).argmax())
+        for name, loss in (("zero_shot", table.losses.mean(axis=0)), ("policy", expected)):
+            picked = int((bonus - loss).argmax())
             assert entry[name]["picked"] == LAYERS[picked]
             assert entry[name]["best"] == LAYERS[int(truth.argmax())]
             assert entry[name]["regret"] == pytest.approx(truth.max() - truth[picked])
@@ -188,7 +189,7 @@ def test_a_finished_study_is_not_repeated(result: dict, options: LayerStudyOptio
     assert "| 6 |" in page and "Spearman" in page and "nan" not in page
 
 
-def test_another_study_does_not_mix_with_it(result: dict, options: LayerStudyOptions) -> None:
+def test_a_study_with_other_options_is_refused(result: dict, options: LayerStudyOptions) -> None:
     with pytest.raises(ValueError, match="--steps 2, now 3"):
         layer_study.run(replace(options, steps=3))
 
@@ -204,23 +205,23 @@ def test_another_study_does_not_mix_with_it(result: dict, options: LayerStudyOpt
         ({"distillation": 2.0}, "--distillation 2.0: give a weight"),
     ],
 )
-def test_options_that_cannot_be_used_are_refused(
+def test_unusable_options_are_refused(
     options: LayerStudyOptions, changed: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check(replace(options, **changed))
 
 
-def test_two_layers_are_no_ranking(options: LayerStudyOptions, tmp_path: Path) -> None:
+def test_a_ranking_needs_three_layers(options: LayerStudyOptions, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--insert-layers '0,4': give at least 3 layers"):
         layer_study.run(replace(options, out=tmp_path / "two", insert_layers="0,4"))
 
 
-def test_json_lines_are_divided_too(options: LayerStudyOptions, tmp_path: Path) -> None:
+def test_json_lines_are_split_too(options: LayerStudyOptions, tmp_path: Path) -> None:
     lines = tmp_path / "instructions.jsonl"
     records = json.loads(options.data.read_text())
     lines.write_text("".join(json.dumps(record) + "\n" for record in records))
-    given = replace(options, out=tmp_path / "out", data=lines, image_root=options.data.parent)
-    parts = [json.loads(path.read_text()) for path in layer_study.write_split(given)]
+    changed = replace(options, out=tmp_path / "out", data=lines, image_root=options.data.parent)
+    parts = [json.loads(path.read_text()) for path in write_split(changed)]
     assert all(record in records for part in parts for record in part)
     assert len(parts[0]) > len(parts[1]) > 0
