@@ -164,9 +164,18 @@ def paired_interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Return the mean of `a - b` (P each, the same prompts in the same order) with its interval.
+    """Return the mean of `a - b` with its interval.
 
-    The other arguments and the errors are those of `mean_interval`.
+    Args:
+        a: the values of one model (P).
+        b: the values of the other model (P), for the same prompts in the same order.
+        clusters: as in `mean_interval`.
+        confidence: as in `mean_interval`.
+        samples: as in `mean_interval`.
+        seed: as in `mean_interval`.
+
+    Raises:
+        ValueError: as in `mean_interval`.
     """
     first, second = _checked_pair(a, b, "paired values need equal lengths")
     return mean_interval(first - second, clusters, confidence, samples, seed)
@@ -180,10 +189,18 @@ def ratio_interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Return the mean of `a` divided by the mean of `b` (P each, the same prompts) with its interval.
+    """Return the mean of `a` divided by the mean of `b` with its interval.
 
     Both means are taken over the same samples, because they rise and fall together. Samples in which the mean
-    of `b` is 0 have no ratio and are left out. The other arguments are those of `mean_interval`.
+    of `b` is 0 have no ratio and are left out.
+
+    Args:
+        a: the values of the numerator (P).
+        b: the values of the denominator (P), for the same prompts in the same order.
+        clusters: as in `mean_interval`.
+        confidence: as in `mean_interval`.
+        samples: as in `mean_interval`.
+        seed: as in `mean_interval`.
 
     Raises:
         ValueError: as in `mean_interval`, or the mean of `b` is 0.

@@ -139,7 +139,11 @@ def _answer_in(record: Row) -> str:
 def write_scores(path: Path, answers: Sequence[str], examples: Sequence[Example], score: Score) -> None:
     """Write one line per example: id, source, prediction, references, and its score.
 
-    The score is null where the rule is not per question.
+    Args:
+        path: the file of scores.
+        answers: one answer per example.
+        examples: the questions (P).
+        score: the score of the answers; the score of an example is null if the rule is not per question.
     """
     lines = [
         {

@@ -87,13 +87,13 @@ def choice(predicted: FloatArray, truth: FloatArray) -> dict[str, Any]:
     Both are rewards (1 + samples, K). The result holds the columns `picked` and `best`, the regret against
     the best layer in the unit of `truth` with its interval, and the share of samples in which both agree.
     """
-    picked, best = predicted.argmax(axis=1), truth.argmax(axis=1)
+    chosen_column, best_column = predicted.argmax(axis=1), truth.argmax(axis=1)
     rows = np.arange(len(truth))
-    regret = truth[rows, best] - truth[rows, picked]
+    regret = truth[rows, best_column] - truth[rows, chosen_column]
     return {
-        "picked": int(picked[0]),
-        "best": int(best[0]),
+        "picked": int(chosen_column[0]),
+        "best": int(best_column[0]),
         "regret": float(regret[0]),
         "regret_interval": interval(regret[1:]),
-        "agreement": float((picked[1:] == best[1:]).mean()),
+        "agreement": float((chosen_column[1:] == best_column[1:]).mean()),
     }

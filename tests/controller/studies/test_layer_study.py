@@ -174,10 +174,10 @@ def test_picks_and_regret_follow_from_the_figures(result: dict, options: LayerSt
         bonus = entry["skip_weight"] * np.array(LAYERS) / 8
         truth = bonus - finetuned
         for name, loss in (("zero_shot", table.losses.mean(axis=0)), ("policy", expected)):
-            picked = int((bonus - loss).argmax())
-            assert entry[name]["picked"] == LAYERS[picked]
+            column = int((bonus - loss).argmax())
+            assert entry[name]["picked"] == LAYERS[column]
             assert entry[name]["best"] == LAYERS[int(truth.argmax())]
-            assert entry[name]["regret"] == pytest.approx(truth.max() - truth[picked])
+            assert entry[name]["regret"] == pytest.approx(truth.max() - truth[column])
 
 
 def test_a_finished_study_is_not_repeated(result: dict, options: LayerStudyOptions) -> None:
