@@ -5,9 +5,9 @@ names at the top of the repository. Importing this package registers `DeepInsert
 Gymnasium and loads no torch: a public name loads its package when it is first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .envs.lazy_names import lazy_attributes
 from .envs.registration import register_envs
 
 __version__ = "0.1.0"
@@ -36,8 +36,6 @@ _MODULE_OF = {
 
 __all__ = ["__version__", "register_envs", *_MODULE_OF]
 
-register_envs()
-
 if TYPE_CHECKING:
     # `as` marks a name as public for type checkers, which do not evaluate `__all__` above.
     from .backbones import Backbone as Backbone
@@ -61,12 +59,7 @@ if TYPE_CHECKING:
     from .envs import prompts_from as prompts_from
 
 else:
-
-    def __getattr__(name):
-        """Load the package of a public name when the name is first used."""
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    __getattr__ = lazy_attributes(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

@@ -4,9 +4,9 @@ Importing this package registers `DeepInsert/InsertLayer-v0` and loads no torch:
 module when it is first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .lazy_names import lazy_attributes
 from .registration import register_envs
 
 _MODULE_OF = {
@@ -57,12 +57,7 @@ if TYPE_CHECKING:
     from .skip_weights import SkipWeights as SkipWeights
     from .vector_env import InsertLayerVecEnv as InsertLayerVecEnv
 else:
-
-    def __getattr__(name):
-        """Load the module of a public name when the name is first used."""
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    __getattr__ = lazy_attributes(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

@@ -82,7 +82,7 @@ def _skip_if_broken(promise, argument):
         promise(argument)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0][:160]
-        pytest.skip(f"nor the stock model: {type(error).__name__}: {first_line}")
+        pytest.skip(f"the stock model fails as well: {type(error).__name__}: {first_line}")
 
 
 def generate(model, inputs, **options):
@@ -340,7 +340,7 @@ def test_half_precision(family, stock, dtype):
         try:
             half_logits = reference_logits(plain, find_stack(plain).layers, half, layer, multimodal).float()
         except RuntimeError as error:
-            pytest.skip(f"nor the stock model: {str(error).strip().splitlines()[0][:160]}")
+            pytest.skip(f"the stock model fails as well: {str(error).strip().splitlines()[0][:160]}")
     logits = logits_of(model, half)[0].float()
     error, reference_error = (logits - expected).norm(), (half_logits - expected).norm()
     step = torch.finfo(dtype).eps * expected.norm()
@@ -362,7 +362,7 @@ def test_text_only(family, stock, inserted):
     try:
         expected = logits_of(stock, inputs)
     except Exception as error:
-        pytest.skip(f"nor the stock model: {type(error).__name__}: {error}")
+        pytest.skip(f"the stock model fails as well: {type(error).__name__}: {error}")
     real = inputs["attention_mask"].bool()
     with insert_at(inserted, deep_layer(family)):
         torch.testing.assert_close(logits_of(inserted, inputs)[real], expected[real], **TOLERANCE)

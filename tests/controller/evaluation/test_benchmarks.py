@@ -53,12 +53,6 @@ def options(pope: Path, rendered_data: Path, tmp_path_factory: pytest.TempPathFa
     )
 
 
-@pytest.fixture(scope="module")
-def result(options: EvaluateOptions) -> dict[str, Any]:
-    evaluate.run(options)
-    return json.loads((options.out / "result.json").read_text())
-
-
 def rows_of(options: EvaluateOptions, name: str) -> list[dict[str, Any]]:
     path = options.out / "predictions" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]

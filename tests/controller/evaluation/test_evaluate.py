@@ -66,12 +66,6 @@ def options(rendered_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
 
 
 @pytest.fixture(scope="module")
-def result(options: EvaluateOptions) -> dict[str, Any]:
-    evaluate.run(options)
-    return json.loads((options.out / "result.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def variant(options: EvaluateOptions) -> Backbone:
     return load_backbone(options.variants[1] / "checkpoint", device="cpu")
 
