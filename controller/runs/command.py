@@ -45,7 +45,7 @@ def run_command(
     if is_finished:
         print(f"{out} is finished; nothing to do", file=sys.stderr)
     else:
-        if reuse:
+        if growing:
             (out / "result.json").unlink(missing_ok=True)  # it belongs to other options
         result = compute(out)
         if result is None:
